@@ -1,0 +1,144 @@
+"""One frozen Config: the only reader of ``GPUMOVE_*`` variables, and the place of all start-up checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from gpumove.errors import ConfigError
+
+_PREFIX = "GPUMOVE_"
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of one run. An argument beats the environment (``GPUMOVE_<FIELD>``), which beats the default.
+
+    Cadence: a save is due every ``every_steps`` steps or ``every_s`` seconds, whichever comes first; ``None`` turns
+    one off, and with both off only explicit ``save()`` calls write.
+
+    Memory: a save holds one staged copy of the rank's state plus at most ``budget_bytes``.
+    """
+
+    every_steps: int | None = None
+    """Steps between saves."""
+    every_s: float | None = 600.0
+    """Seconds between saves."""
+    keep_last: int | None = 10
+    """Newest checkpoints that retention keeps; ``None`` keeps all."""
+    keep_every: int | None = None
+    """Retention also keeps every checkpoint whose step is a multiple of this."""
+    codec: str = "auto"
+    """``"auto"``, ``"raw"`` or ``"zstd"``. A chunk that does not shrink is stored raw whatever this says."""
+    overlap: bool = True
+    """Copy beside forward and backward, waited for before the next optimizer step. ``False`` copies at once."""
+    budget_bytes: int = 256 * _MIB
+    """Bytes in flight over the staged copy, per rank."""
+    pack_bytes: int = 32 * _MIB
+    """Size that packs aim at. 16 to 64 MiB suits every object store."""
+    chunk_bytes: int = 4 * _MIB
+    """Size that chunks aim at: the unit of digests, of change detection and of ranged reads."""
+    concurrency: int = 8
+    """Store calls in flight per rank."""
+    workers: int = 2
+    """Threads that hash, encode and decode, per rank."""
+    deadline_s: float = 60.0
+    """Bound on one store call, on top of which one second per MiB is allowed."""
+    retry_s: float = 300.0
+    """Bound on one store operation with all its retries."""
+    peer_s: float = 600.0
+    """Bound on waiting for another rank, in a rendezvous and for its part of a save."""
+    on_save_error: str = "raise"
+    """``"raise"``: a failed save is raised once in the training thread. ``"warn"``: it is logged and counted."""
+
+    def __post_init__(self) -> None:
+        """Check every field; all problems are listed in one :class:`ConfigError`."""
+        problems = [p for check in (_check_cadence, _check_sizes, _check_words) for p in check(self)]
+        if problems:
+            raise ConfigError("the configuration is wrong: " + "; ".join(problems))
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None, /, **arguments: Any) -> Config:
+        """Build a Config from arguments and ``GPUMOVE_*`` variables.
+
+        Args:
+            env: variables to read, by default the process's own.
+            **arguments: fields given in code; they win.
+
+        Raises:
+            ConfigError: an unknown field or variable, or a value that cannot be read or is out of range.
+        """
+        known = {f.name: f for f in fields(cls)}
+        if unknown := sorted(set(arguments) - set(known)):
+            raise ConfigError(f"unknown settings {unknown}; known ones are {sorted(known)}")
+        values: dict[str, Any] = {}
+        for variable, text in (os.environ if env is None else env).items():
+            name = variable.removeprefix(_PREFIX).lower()
+            if variable.startswith(_PREFIX) and name in known:
+                values[name] = _parse(variable, text, str(known[name].type))
+        return cls(**{**values, **arguments})
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def _parse(variable: str, text: str, kind: str) -> Any:
+    """Read one variable as its field's type; sizes take K, M and G suffixes (powers of 1024)."""
+    text = text.strip()
+    if text.lower() in ("none", "") and "None" in kind:
+        return None
+    try:
+        if kind.startswith("bool"):
+            return {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}[text.lower()]
+        if kind.startswith("int"):
+            scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper(), 1)
+            return int(text[:-1] if scale > 1 else text) * scale
+        if kind.startswith("float"):
+            return float(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"the variable {variable}={text!r} is not a value of type {kind}") from None
+    return text
+
+
+def _check_cadence(c: Config) -> list[str]:
+    problems = [
+        f"{name} must be None or above 0, not {getattr(c, name)!r}"
+        for name in ("every_steps", "every_s", "keep_last", "keep_every")
+        if getattr(c, name) is not None and not getattr(c, name) > 0
+    ]
+    problems += [
+        f"{name} must be a finite number above 0, not {getattr(c, name)!r}"
+        for name in ("deadline_s", "retry_s", "peer_s")
+        if not 0 < getattr(c, name) < float("inf")
+    ]
+    return problems
+
+
+def _check_sizes(c: Config) -> list[str]:
+    problems = []
+    if c.chunk_bytes < 4096 or c.chunk_bytes % 16:
+        problems.append(f"chunk_bytes must be a multiple of 16 and at least 4096, not {c.chunk_bytes}")
+    if c.pack_bytes < c.chunk_bytes:
+        problems.append(f"pack_bytes ({c.pack_bytes}) must be at least chunk_bytes ({c.chunk_bytes})")
+    if c.budget_bytes < 2 * c.pack_bytes:
+        problems.append(f"budget_bytes ({c.budget_bytes}) must hold two packs ({c.pack_bytes} each)")
+    problems += [
+        f"{name} must be between 1 and 256, not {getattr(c, name)}"
+        for name in ("concurrency", "workers")
+        if not 1 <= getattr(c, name) <= 256
+    ]
+    return problems
+
+
+def _check_words(c: Config) -> list[str]:
+    choices = {"codec": ("auto", "raw", "zstd"), "on_save_error": ("raise", "warn")}
+    return [
+        f"{name} must be one of {', '.join(words)}, not {getattr(c, name)!r}"
+        for name, words in choices.items()
+        if getattr(c, name) not in words
+    ]

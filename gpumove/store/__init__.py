@@ -1,0 +1,1 @@
+"""OBJECTS: keys and bytes in an object store, never tensors. The only room that knows fsspec."""
