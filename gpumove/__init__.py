@@ -1,0 +1,1 @@
+"""gpumove moves running PyTorch training jobs between GPU clouds."""

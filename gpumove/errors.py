@@ -77,3 +77,17 @@ class FencedError(GpumoveError):
 
     exit_code = 40
     default_code = "fenced"
+
+
+def describe(error: BaseException) -> tuple[str, str, str]:
+    """An error as plain text, to cross ranks: (class, code, message)."""
+    if isinstance(error, GpumoveError):
+        return type(error).__name__, error.code, str(error)
+    return GpumoveError.__name__, GpumoveError.default_code, f"{type(error).__name__}: {error}"
+
+
+def rebuild(described: tuple[str, str, str]) -> GpumoveError:
+    """The error again."""
+    name, code, message = described
+    known = (ConfigError, StoreError, ObjectNotFoundError, IntegrityError, LayoutError, FencedError)
+    return {k.__name__: k for k in known}.get(name, GpumoveError)(message, code=code)

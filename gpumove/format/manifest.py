@@ -1,0 +1,204 @@
+"""The records of the format as frozen structs, to and from JSON; docs/format.md is the law. Knows no I/O.
+
+``encode(record)`` gives the bytes that are stored; ``decode(kind, data, key=...)`` checks and rebuilds them. A record
+that cannot be read is an IntegrityError that names the object; one of a newer format is a ConfigError.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from gpumove.errors import ConfigError, IntegrityError
+
+FORMAT = 1
+INLINE_BYTES = 64
+"""Boxes of at most this many bytes travel inside the part: a pack slot would cost more than they weigh."""
+
+
+class Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What every stored object starts with."""
+
+    format: int
+
+
+class Run(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """``format.json``: which run lies under this prefix."""
+
+    name: str
+    run: str
+
+
+class Chunk(Struct, frozen=True, omit_defaults=True):
+    """A box of one tensor and where its bytes lie (format.md, section 4)."""
+
+    offset: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    pack: int = -1
+    at: int = 0
+    length: int = 0
+    codec: str = "raw/1"
+    digest: str = ""
+    base: Chunk | None = None
+    inline: str | None = None
+
+
+class TensorEntry(Struct, frozen=True):
+    """One tensor, or this rank's boxes of it. ``shape`` is that of the whole tensor."""
+
+    fqn: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class Pack(Struct, frozen=True):
+    """A pack that a part refers to."""
+
+    attempt: str
+    digest: str
+    nbytes: int
+
+    @property
+    def key(self) -> str:
+        """Where the pack lies, relative to the run."""
+        return f"packs/{self.attempt}/{self.digest}.safetensors"
+
+
+class Part(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """What one rank wrote in one attempt."""
+
+    run: str
+    attempt: str
+    rank: int
+    world_size: int
+    step: int
+    packs: tuple[Pack, ...] = ()
+    tensors: tuple[TensorEntry, ...] = ()
+    local: tuple[TensorEntry, ...] = ()
+    values: dict[str, Any] = {}
+
+
+class PartRef(Struct, frozen=True):
+    """A part as a manifest lists it."""
+
+    key: str
+    rank: int
+    digest: str
+    nbytes: int
+    new_bytes: int
+
+
+class Manifest(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """One checkpoint, whole."""
+
+    run: str
+    step: int
+    epoch: int
+    attempt: str
+    world_size: int
+    time: float
+    state_bytes: int
+    new_bytes: int
+    plan: str
+    parts: tuple[PartRef, ...]
+    fingerprint: dict[str, Any] = {}
+    trace: tuple[tuple[int, float | None], ...] = ()
+
+
+class Entry(Record, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="entry"):
+    """What every log entry has."""
+
+    number: int
+    epoch: int
+    writer: str
+    time: float
+
+
+class Claim(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="claim"):
+    """Opens an epoch; fences every older one."""
+
+    host: str = ""
+
+
+class Checkpoint(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="checkpoint"):
+    """A commit: from here on this checkpoint exists."""
+
+    step: int
+    attempt: str
+    manifest: str
+    manifest_bytes: int
+    world_size: int
+    state_bytes: int
+    new_bytes: int
+    pinned: bool = False
+
+    @property
+    def manifest_key(self) -> str:
+        """Where the manifest lies, relative to the run."""
+        return f"manifests/{self.attempt}-{self.manifest}.json"
+
+
+class Note(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="note"):
+    """The owner says what it found and where it went on from."""
+
+    text: str
+    resumed: int | None = None
+    damaged: tuple[int, ...] = ()
+
+
+class Pin(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="pin"):
+    """Retention keeps, or no longer keeps, one checkpoint."""
+
+    checkpoint: int
+    pinned: bool
+
+
+class Collect(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="gc"):
+    """From here on, of all earlier checkpoints only ``kept`` exist."""
+
+    kept: tuple[Checkpoint, ...]
+    resumed: int | None = None
+
+
+LogEntry = Claim | Checkpoint | Note | Pin | Collect
+
+R = TypeVar("R")
+
+
+class _Probe(Struct):
+    format: int = 0
+
+
+def encode(record: Record) -> bytes:
+    """The stored bytes of a record: compact JSON, fields in a fixed order."""
+    return msgspec.json.encode(record)
+
+
+def decode(kind: type[R], data: bytes | memoryview, *, key: str) -> R:
+    """Rebuild a record.
+
+    Args:
+        kind: the record's class, or ``LogEntry``.
+        data: the stored bytes.
+        key: the object's key, for messages.
+
+    Raises:
+        ConfigError: the record was written by a newer format.
+        IntegrityError: the bytes are not such a record.
+    """
+    try:
+        probe = msgspec.json.decode(data, type=_Probe)
+        if probe.format > FORMAT:
+            raise ConfigError(
+                f"{key} is of format {probe.format}, and this gpumove reads up to {FORMAT}: upgrade gpumove",
+                code="config.newer_format",
+            )
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError, UnicodeDecodeError) as error:
+        raise IntegrityError(
+            f"{key} is not a readable record ({error}): the object is damaged or was not written by gpumove",
+            code="integrity.record",
+        ) from error

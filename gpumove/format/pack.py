@@ -1,0 +1,130 @@
+"""Packs: many chunks in one valid safetensors object. Pure bytes; nothing is copied to build one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gpumove.errors import IntegrityError
+from gpumove.format.codec import Buffer, digest
+
+# torch's dtype names (without prefix) -> safetensors' names. Others are stored as U8; the part keeps the real name.
+SAFETENSORS_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+    "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64",
+}  # fmt: skip
+_ITEM_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+}  # fmt: skip
+_MAX_HEADER = 100 << 20
+
+
+@dataclass(frozen=True)
+class PackItem:
+    """One chunk on its way into a pack: its name there, its torch dtype and box shape, and the stored bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    codec: str
+    stored: Buffer
+
+
+@dataclass(frozen=True)
+class PackImage:
+    """A pack, ready to be put: the buffers whose concatenation is the object, and where each item lies in it."""
+
+    buffers: list[Buffer]
+    digest: str
+    nbytes: int
+    positions: list[int]
+
+
+def box_name(fqn: str, *, shape: Sequence[int], offset: Sequence[int], box: Sequence[int]) -> str:
+    """The safetensors name of a box: the tensor's own name if the box is the whole of it."""
+    if tuple(box) == tuple(shape):
+        return fqn
+    return f"{fqn}[{','.join(f'{o}:{o + n}' for o, n in zip(offset, box))}]"
+
+
+def header(entries: Sequence[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """The head of a safetensors file: 8 bytes of length and the padded JSON.
+
+    Args:
+        entries: (name, safetensors dtype, shape, nbytes) in the order in which the data follows.
+    """
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape, nbytes in entries:
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def build(items: Sequence[PackItem]) -> PackImage:
+    """Lay items out as one pack; ``positions[i]`` is where item i starts in the object."""
+    dtypes = [SAFETENSORS_DTYPES.get(i.dtype, "U8") if i.codec == "raw/1" else "U8" for i in items]
+    # Falling element size keeps every item aligned, whatever odd lengths there are.
+    order = sorted(range(len(items)), key=lambda n: -_ITEM_BYTES.get(dtypes[n], 1))
+    head = header([_entry(items[n], dtypes[n]) for n in order])
+    positions, buffers, at = [0] * len(items), [head], len(head)
+    for n in order:
+        positions[n] = at
+        at += len(items[n].stored)
+        buffers.append(items[n].stored)  # type: ignore[arg-type]
+    return PackImage(buffers, digest(*buffers), at, positions)  # type: ignore[arg-type]
+
+
+def _entry(item: PackItem, dtype: str) -> tuple[str, str, Sequence[int], int]:
+    real = item.codec == "raw/1" and (dtype != "U8" or item.dtype == "uint8")
+    name = item.name if item.codec == "raw/1" else f"{item.name}#{item.codec}"
+    return name, dtype, item.shape if real else (len(item.stored),), len(item.stored)
+
+
+class Slot(NamedTuple):
+    """One tensor in a safetensors header; ``start`` and ``stop`` count from the start of the object."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(data: Buffer, *, key: str, nbytes: int) -> dict[str, Slot]:
+    """Read the head of a pack: what lies where.
+
+    Args:
+        data: the object, or at least its head.
+        key: for messages.
+        nbytes: the object's size.
+
+    Raises:
+        IntegrityError: it is not a safetensors file, or its table does not fit its size.
+    """
+    size = int.from_bytes(bytes(data[:8]), "little")
+    try:
+        if not 2 <= size <= _MAX_HEADER or 8 + size > nbytes:
+            raise ValueError(f"header of {size} bytes")
+        rows = {n: r for n, r in json.loads(bytes(data[8 : 8 + size])).items() if n != "__metadata__"}
+        found = {
+            n: Slot(r["dtype"], tuple(r["shape"]), *(8 + size + int(o) for o in r["data_offsets"]))
+            for n, r in rows.items()
+        }
+        if any(not 8 + size <= slot.start <= slot.stop <= nbytes for slot in found.values()):
+            raise ValueError("a tensor lies outside the file")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{key} is not a readable pack ({error})", code="integrity.pack") from error
+    return found
+
+
+def shape_bytes(shape: Sequence[int], item_bytes: int) -> int:
+    """Bytes of a box."""
+    return math.prod(shape) * item_bytes

@@ -1,0 +1,153 @@
+"""What a caller holds of a save that runs in the background."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gpumove.errors import StoreError
+from gpumove.format.manifest import Checkpoint
+
+
+@dataclass
+class SaveStats:
+    """What a save cost this rank. Seconds count from the call; bytes are this rank's."""
+
+    stall_s: float = 0.0
+    """Training time lost: the call itself, and what the next optimizer step waited."""
+    staged_s: float | None = None
+    """Until the staged copy was complete."""
+    uploaded_s: float | None = None
+    """Until this rank's part was durable."""
+    committed_s: float | None = None
+    """Until the checkpoint existed (rank 0)."""
+    state_bytes: int = 0
+    """Bytes that this rank answers for."""
+    clean_bytes: int = 0
+    """Of these, unchanged since the last save: not sent."""
+    new_bytes: int = 0
+    """Bytes of packs that were sent."""
+    packs: int = 0
+    peak_bytes: int = 0
+    """Most pack bytes in flight at once."""
+
+    @property
+    def upload_bytes_per_s(self) -> float | None:
+        """Sent bytes over the seconds between staging and the last byte."""
+        if self.uploaded_s is None or self.staged_s is None or self.uploaded_s <= self.staged_s:
+            return None
+        return self.new_bytes / (self.uploaded_s - self.staged_s)
+
+
+class SaveHandle:
+    """One save: begun by ``save`` or by a due ``step``, finished in the background.
+
+    The states follow one another: staged (live tensors may change again), uploaded (this rank's bytes are durable),
+    committed (the checkpoint exists). ``error`` is set instead if it failed.
+    """
+
+    def __init__(self, step: int, attempt: str) -> None:
+        self.step, self.attempt = step, attempt
+        self.stats = SaveStats()
+        self.error: BaseException | None = None
+        self.cancelled = threading.Event()
+        self._staged, self._uploaded, self._finished = threading.Event(), threading.Event(), threading.Event()
+        self._entry: Checkpoint | None = None
+        self._follow: Callable[[float], Checkpoint] | None = None
+        self._seen = False
+
+    def __repr__(self) -> str:
+        state = (
+            f"failed: {self.error}" if self.error else "committed" if self.committed
+            else "uploaded" if self.uploaded else "staged" if self.staged else "staging"
+        )  # fmt: skip
+        return f"SaveHandle(step={self.step}, {state})"
+
+    @property
+    def staged(self) -> bool:
+        """Whether the copy is complete: from here on live tensors may be changed by anybody."""
+        return self._staged.is_set() and self.error is None
+
+    @property
+    def uploaded(self) -> bool:
+        """Whether this rank's bytes are durable."""
+        return self._uploaded.is_set()
+
+    @property
+    def committed(self) -> bool:
+        """Whether the checkpoint is known to exist. Ranks other than 0 learn it by ``wait`` or at the next save."""
+        return self._entry is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this rank has nothing left to do for it, by success or failure."""
+        return self._finished.is_set()
+
+    def wait_staged(self, timeout_s: float | None = None) -> None:
+        """Wait until the copy is complete.
+
+        Raises:
+            GpumoveError: the save failed before that.
+            StoreError: it took longer than ``timeout_s`` (code ``store.timeout``).
+        """
+        self._wait(self._staged, timeout_s, "staged")
+
+    def wait(self, timeout_s: float | None = None) -> Checkpoint:
+        """Wait until the checkpoint exists.
+
+        Args:
+            timeout_s: seconds, or None for as long as the save's own bounds allow.
+
+        Returns:
+            Its log entry.
+
+        Raises:
+            GpumoveError: the save failed; raised here once more even if ``step`` has raised it.
+            StoreError: it took longer than ``timeout_s`` (code ``store.timeout``).
+        """
+        self._wait(self._finished, timeout_s, "committed")
+        if self._entry is None and self._follow is not None:
+            self._entry = self._follow(timeout_s if timeout_s is not None else float("inf"))
+        if self._entry is None:
+            raise StoreError(f"the save of step {self.step} ended without a commit")
+        return self._entry
+
+    def _wait(self, event: threading.Event, timeout_s: float | None, what: str) -> None:
+        if not event.wait(timeout_s):
+            raise StoreError(f"the save of step {self.step} was not {what} within {timeout_s} s", code="store.timeout")
+        if self.error is not None:
+            self._seen = True
+            raise self.error
+
+    def join(self, timeout_s: float | None) -> None:
+        """Wait until this rank has nothing left to do for it; raises nothing."""
+        self._finished.wait(timeout_s)
+
+    def unseen_error(self) -> BaseException | None:
+        """The error, if it was not raised anywhere yet."""
+        return None if self._seen else self.error
+
+    def mark_seen(self) -> None:
+        """The error was raised in the training thread."""
+        self._seen = True
+
+    def mark_staged(self, seconds: float) -> None:
+        """The copy is complete."""
+        self.stats.staged_s = seconds
+        self._staged.set()
+
+    def mark_uploaded(self, seconds: float, follow: Callable[[float], Checkpoint]) -> None:
+        """This rank's part is durable; ``follow`` waits for the commit elsewhere."""
+        self.stats.uploaded_s, self._follow = seconds, follow
+        self._uploaded.set()
+
+    def mark_committed(self, entry: Checkpoint, seconds: float) -> None:
+        """The checkpoint exists."""
+        self._entry, self.stats.committed_s = entry, seconds
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Nothing more will happen here."""
+        self.error = error
+        self._staged.set()
+        self._finished.set()

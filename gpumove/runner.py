@@ -1,0 +1,195 @@
+"""The background of a Checkpointer: one save at a time, from the staged copy to the commit, and retention after it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpumove.commit import Order, commit, wait_for_commit, wait_for_parts
+from gpumove.config import Config
+from gpumove.environment import fingerprint
+from gpumove.errors import ConfigError, FencedError, GpumoveError
+from gpumove.format import keys
+from gpumove.format.manifest import Checkpoint
+from gpumove.handle import SaveHandle
+from gpumove.save import ChunkKey, PartWriter, Request, say_failure
+from gpumove.state.capture import Capture
+from gpumove.state.layout import Agreement, Layout
+from gpumove.state.staging import Snapshot, Stager
+from gpumove.store.gc import Retention, collect
+from gpumove.store.log import Log
+from gpumove.store.records import Ref, reachable
+
+_log = logging.getLogger("gpumove")
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What the training thread hands over."""
+
+    handle: SaveHandle
+    snapshot: Snapshot
+    layout: Layout
+    capture: Capture
+    agreed: Agreement
+    trace: Sequence[tuple[int, Any]]
+    began: float
+    pinned: bool
+
+
+class Runner:
+    """Runs saves in the background of one rank."""
+
+    def __init__(self, log: Log, config: Config, *, rank: int, world_size: int) -> None:
+        self._log_book, self._config, self._rank, self._world_size = log, config, rank, world_size
+        self._writer = PartWriter(log.store, config)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpumove-save")
+        self._preparation: Future[None] | None = None
+        self._retention = Retention(config.keep_last, config.keep_every)
+        self._reach: dict[str, frozenset[str]] = {}
+        self.mutable: set[str] = set()
+        """Tensors that were seen to change outside optimizers: from now on they are copied at once."""
+        self.committed_step = -1
+
+    def attempt(self, serial: int) -> str:
+        """The name of this epoch's save number ``serial``."""
+        if self._log_book.epoch is None:
+            raise ConfigError("claim the run before saving")
+        return keys.attempt_name(self._log_book.epoch, serial)
+
+    def take_predecessor(self, table: dict[ChunkKey, Ref]) -> None:
+        """What a restored checkpoint holds: the first save sends only what differs from it."""
+        self._writer.predecessor = table
+
+    def prepare(self, stager: Stager, sources: Sequence[torch.Tensor]) -> None:
+        """Touch the staging memory before the first save needs it."""
+        self._preparation = self._thread.submit(stager.prepare, sources)
+
+    def settle(self, handle: SaveHandle | None, *, abandon: bool) -> None:
+        """Wait until nothing uses the staging memory, telling a running save to give up if so asked."""
+        if self._preparation is not None:
+            self._preparation.result()
+            self._preparation = None
+        if handle is None or handle.finished:
+            return
+        if abandon:
+            handle.cancelled.set()
+        handle.join(None)
+
+    def start(self, staged: Staged) -> None:
+        """Hand a staged save to the background."""
+        self._thread.submit(self._run, staged)
+
+    def _run(self, staged: Staged) -> None:
+        handle = staged.handle
+        request = self._request(staged)
+        try:
+            self._save(staged, request)
+            handle.finish()
+        except BaseException as error:  # noqa: BLE001 - kept in the handle, raised once in the training thread
+            say_failure(self._log_book.store, request, error)
+            handle.finish(error)
+            return
+        if self._rank == 0:
+            self._retain()
+
+    def _request(self, staged: Staged) -> Request:
+        shared = staged.capture.shared if self._rank == 0 else {}
+        return Request(
+            run=self._log_book.run,
+            attempt=staged.handle.attempt,
+            rank=self._rank,
+            world_size=self._world_size,
+            step=staged.handle.step,
+            plan=staged.agreed.digest,
+            items=staged.layout.items,
+            values={**shared, **staged.capture.own},
+            cancelled=staged.handle.cancelled,
+        )
+
+    def _save(self, staged: Staged, request: Request) -> None:
+        handle, stats = staged.handle, staged.handle.stats
+        self._await_copy(staged)
+        handle.mark_staged(time.perf_counter() - staged.began)
+        _, part = self._writer.write(request, staged.snapshot)
+        stats.state_bytes, stats.clean_bytes, stats.new_bytes = part.state_bytes, part.clean_bytes, part.new_bytes
+        stats.packs, stats.peak_bytes = part.packs, part.peak_bytes
+        stats.stall_s += staged.snapshot.fence_s
+        handle.mark_uploaded(time.perf_counter() - staged.began, self._follow(handle))
+        if self._rank == 0:
+            handle.mark_committed(self._commit(staged), time.perf_counter() - staged.began)
+
+    def _await_copy(self, staged: Staged) -> None:
+        try:
+            staged.snapshot.wait()
+        except ConfigError as error:
+            names = sorted({staged.layout.names[i] for i in staged.snapshot.changed})
+            self.mutable.update(names)
+            raise ConfigError(
+                f"{', '.join(names[:5])}{' and more' if len(names) > 5 else ''} changed outside of an optimizer step while "
+                "being copied. From now on gpumove copies them before step() returns; overlap=False does so for all",
+                code=error.code,
+            ) from error
+
+    def _commit(self, staged: Staged) -> Checkpoint:
+        order = Order(
+            attempt=staged.handle.attempt,
+            step=staged.handle.step,
+            plans=staged.agreed.all_digests,
+            state_bytes=staged.agreed.state_bytes,
+            fingerprint=fingerprint(),
+            trace=[(step, _number(loss)) for step, loss in staged.trace],
+            pinned=staged.pinned,
+        )
+        parts = wait_for_parts(self._log_book, order, timeout_s=self._config.peer_s, cancelled=staged.handle.cancelled)
+        entry = commit(self._log_book, order, parts)
+        self.committed_step = entry.step
+        return entry
+
+    def _follow(self, handle: SaveHandle) -> Callable[[float], Checkpoint]:
+        """How ranks other than 0 learn of the commit."""
+
+        def follow(timeout_s: float) -> Checkpoint:
+            return wait_for_commit(self._log_book, handle.attempt, timeout_s=min(timeout_s, self._config.peer_s))
+
+        return follow
+
+    def _retain(self) -> None:
+        """Retention, once enough checkpoints have gathered. Its failure is no failure of the save."""
+        have = self._log_book.view.checkpoints
+        surplus = len(have) - len(self._retention.kept(self._log_book.view))
+        if surplus <= max(0, (self._config.keep_last or 0) // 4):
+            return
+        try:
+            done = collect(self._log_book, self._retention, reach=self._reachable)
+        except FencedError:
+            return  # the next commit says so
+        except GpumoveError as error:
+            _log.warning("retention failed and is tried again after the next save: %s", error)
+            return
+        live = {c.attempt for c in done.kept}
+        self._reach = {attempt: found for attempt, found in self._reach.items() if attempt in live}
+
+    def _reachable(self, checkpoint: Checkpoint) -> Iterable[str]:
+        """Every key that a checkpoint needs; records never change, so once read is enough."""
+        if checkpoint.attempt not in self._reach:
+            self._reach[checkpoint.attempt] = frozenset(reachable(self._log_book.store, checkpoint))
+        return self._reach[checkpoint.attempt]
+
+    def close(self) -> None:
+        """End the threads; a running save must have been settled."""
+        self._thread.shutdown()
+        self._writer.close()
+
+
+def _number(loss: Any) -> float | None:
+    """A recorded loss as a number. Here, in the background, a device value may be waited for."""
+    value = float(loss)
+    return value if math.isfinite(value) else None

@@ -1,0 +1,162 @@
+"""A ``torch.optim.Optimizer`` as a member: state by parameter name, hyper-parameters by group.
+
+Torch's own ``get_optimizer_state_dict`` is not used: on an optimizer without state it runs a step, and its loader casts
+moments to the parameter's dtype. Neither is bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from gpumove.errors import ConfigError
+from gpumove.state.members import Live, Meta, Tensors, signature
+from gpumove.state.values import dtype_of, flatten
+
+
+class OptimizerMember:
+    """A ``torch.optim.Optimizer``: state by parameter name, hyper-parameters by group."""
+
+    def __init__(self, name: str, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+        self.name, self.optimizer = name, optimizer
+        self._names = dict(names)
+        for g, group in enumerate(optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                self._names.setdefault(id(p), f"group{g}.{i}")
+        self._in_backward = any(
+            hasattr(p, "_in_backward_optimizers") for group in optimizer.param_groups for p in group["params"]
+        )
+        self._signature: list[tuple[int, int]] | None = None
+        self._cached = Live()
+        self._filled: dict[int, set[str]] = {}
+
+    def live(self) -> Live:
+        """State tensors by reference. An optimizer that has not stepped has none, and is not made to have any."""
+        state = self._state()
+        hyper: Tensors = {}
+        groups = [self._group(g, group, hyper) for g, group in enumerate(self.optimizer.param_groups)]
+        shared = {"state": state.shared, "param_groups": groups}
+        if not hyper:
+            return Live(tensors=state.tensors, at_once=state.at_once, shared=shared)
+        # A scheduler may write to a tensor lr at any time.
+        return Live(tensors={**state.tensors, **hyper}, at_once=state.at_once | set(hyper), shared=shared)
+
+    def _state(self) -> Live:
+        """The state part of :meth:`live`, read again only if a tensor is another one or has moved."""
+        values = [v for entries in self.optimizer.state.values() for v in entries.values()]
+        present = signature(v for v in values if isinstance(v, torch.Tensor))
+        if present != self._signature or len(present) != len(values):
+            self._cached, self._signature = self._read_state(), present
+        return self._cached
+
+    def _read_state(self) -> Live:
+        live = Live()
+        state: dict[str, dict[str, Any]] = {}
+        for p, entries in self.optimizer.state.items():
+            where = f"{self.name}.{self._name_of(p)}"
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor):
+                    live.tensors[f"{where}.{key}"] = value.detach()
+                else:
+                    state.setdefault(self._name_of(p), {})[key] = flatten(f"{where}.{key}", value, live.tensors)
+        if self._in_backward:
+            live.at_once.update(live.tensors)
+        live.shared = state
+        return live
+
+    def _name_of(self, p: object) -> str:
+        if id(p) not in self._names:
+            raise ConfigError(
+                f"the optimizer {self.name!r} holds state for a parameter that was added or replaced after the "
+                "Checkpointer was made: make the Checkpointer after add_param_group and after wrapping the model"
+            )
+        return self._names[id(p)]
+
+    def _group(self, index: int, group: Mapping[str, Any], hyper: Tensors) -> dict[str, Any]:
+        where = f"{self.name}.param_groups.{index}"
+        saved: dict[str, Any] = {k: flatten(f"{where}.{k}", v, hyper) for k, v in group.items() if k != "params"}
+        saved["params"] = [self._name_of(p) for p in group["params"]]
+        return saved
+
+    def targets(self, saved: Mapping[str, Meta]) -> Tensors:
+        """Live state tensors where they fit, new ones like the parameter where the optimizer has none yet."""
+        keys: dict[str, list[str]] = {}
+        for fqn in saved:
+            where, _, key = fqn.rpartition(".")
+            keys.setdefault(where, []).append(key)
+        found: Tensors = {}
+        self._filled = {}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                where = f"{self.name}.{self._names[id(p)]}"
+                self._filled[id(p)] = set(keys.get(where, ()))
+                for key in keys.get(where, ()):
+                    found[f"{where}.{key}"] = self._target(p, key, saved[f"{where}.{key}"], group)
+        return found
+
+    def _target(self, p: torch.Tensor, key: str, meta: Meta, group: Mapping[str, Any]) -> torch.Tensor:
+        state = self.optimizer.state[p]
+        present = state.get(key)
+        dtype = dtype_of(meta.dtype)
+        if isinstance(present, torch.Tensor) and (present.dtype, tuple(present.shape)) == (dtype, meta.shape):
+            return present
+        if tuple(p.shape) == meta.shape and meta.shape:
+            state[key] = torch.empty_like(p.detach(), dtype=dtype)  # a DTensor where the parameter is one
+        elif isinstance(p, DTensor) and meta.shape:
+            raise ConfigError(
+                f"the optimizer state {key!r} has the shape {list(meta.shape)}, not its sharded parameter's: "
+                "run one optimizer step before restore(), so that the optimizer creates it"
+            )
+        else:
+            # Step counters live on the host unless the kernel reads them on the device.
+            on_device = meta.shape or group.get("capturable") or group.get("fused")
+            state[key] = torch.empty(meta.shape, dtype=dtype, device=p.device if on_device else "cpu")
+        tensor: torch.Tensor = state[key]
+        return tensor
+
+    def load(self, values: Any, tensors: Tensors) -> None:
+        """Hyper-parameters in place, and the state that is no plain tensor (LBFGS, say)."""
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                self._take_state(p, values["state"].get(self._names[id(p)], {}))
+        for group, saved in zip(self.optimizer.param_groups, values["param_groups"]):
+            for key, value in saved.items():
+                if key == "params":
+                    continue
+                if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
+
+    def _take_state(self, p: torch.Tensor, entries: dict[str, Any]) -> None:
+        """State that is no plain tensor, and away with what the checkpoint does not have."""
+        keep = self._filled.get(id(p), set()) | set(entries)
+        if not keep:
+            self.optimizer.state.pop(p, None)
+            return
+        state = self.optimizer.state[p]
+        for key in [k for k in state if k not in keep]:
+            del state[key]
+        state.update(entries)
+
+    def misfits(self, values: Any) -> list[str]:
+        """How a saved optimizer's groups differ from the live one's."""
+        saved, live = values["param_groups"], self.optimizer.param_groups
+        if len(saved) != len(live):
+            return [f"{self.name} has {len(live)} parameter groups, and the checkpoint {len(saved)}"]
+        problems = []
+        for index, (old, new) in enumerate(zip(saved, live)):
+            names = {self._names[id(p)] for p in new["params"]}
+            if gone := sorted(set(old["params"]) - names):
+                problems.append(f"{self.name} group {index} of the checkpoint also has {_some(gone)}")
+            if more := sorted(names - set(old["params"])):
+                problems.append(f"{self.name} group {index} of the checkpoint lacks {_some(more)}")
+        return problems
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

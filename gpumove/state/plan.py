@@ -1,0 +1,251 @@
+"""Which rank writes which boxes, and which stored boxes a rank reads. Decides only: frozen data in, frozen data out.
+
+Shards come from torch's own planner protocol (``__create_chunk_list__``), so FSDP2, TP and their combinations, with
+uneven and strided shards, give the boxes that torch itself would save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch.distributed.tensor import DTensor
+
+from gpumove.errors import ConfigError, LayoutError
+from gpumove.format.codec import digest
+from gpumove.state.values import dtype_name
+
+Ints = tuple[int, ...]
+
+
+class Box(NamedTuple):
+    """A box in the coordinates of the whole tensor."""
+
+    offset: Ints
+    shape: Ints
+
+    def volume(self) -> int:
+        """Elements in the box."""
+        return math.prod(self.shape)
+
+
+class Shard(NamedTuple):
+    """A rank's local piece of one tensor: what layouts are made of. ``probe`` tells replicas that differ apart."""
+
+    fqn: str
+    dtype: str
+    shape: Ints
+    offset: Ints
+    box: Ints
+    item_bytes: int
+    probe: str = ""
+
+
+class Item(NamedTuple):
+    """A box that a rank writes. ``source`` is its number in the snapshot; ``local`` tensors are this rank's alone."""
+
+    fqn: str
+    dtype: str
+    shape: tuple[int, ...]
+    box: Box
+    item_bytes: int
+    source: int
+    local: bool
+
+
+class Piece(NamedTuple):
+    """A box that one rank writes: rows ``start`` to ``stop`` of its shard number ``shard``."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor; no communication, no copy."""
+    if isinstance(tensor, DTensor):
+        # to_local() wraps in autograd and costs six times as much; the attribute exists in torch 2.6 to 2.15.
+        local = getattr(tensor, "_local_tensor", None)
+        return local if local is not None else tensor.to_local()
+    return tensor
+
+
+def local_box(fqn: str, tensor: torch.Tensor) -> Box:
+    """Where this rank's part of a tensor lies in the whole.
+
+    Raises:
+        ConfigError: the tensor is sharded in a way that is no box (FSDP1, nested tensors, pending partial sums).
+    """
+    if isinstance(tensor, DTensor):
+        if any(p.is_partial() for p in tensor.placements):
+            raise ConfigError(f"{fqn} holds partial sums: redistribute it before saving")
+        chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+        if len(chunks) != 1:
+            raise ConfigError(f"{fqn} has {len(chunks)} local shards on this rank; one is supported")
+        return Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
+    if type(tensor).__name__ == "ShardedTensor":
+        raise ConfigError(f"{fqn} is a ShardedTensor of FSDP1: wrap the model with torch's fully_shard (FSDP2) instead")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        raise ConfigError(f"{fqn} is a {tensor.layout} tensor; only dense (strided) tensors can be saved")
+    return Box((0,) * tensor.dim(), tuple(tensor.shape))
+
+
+def shard_of(fqn: str, tensor: torch.Tensor, *, probe: bool) -> Shard:
+    """Describe a rank's part of a tensor, with a sampled digest for tensors that claim to be replicas."""
+    box = local_box(fqn, tensor)
+    mark = _probe(tensor) if probe and not isinstance(tensor, DTensor) else ""
+    return Shard(fqn, dtype_name(tensor.dtype), tuple(tensor.shape), *box, tensor.element_size(), mark)
+
+
+def _probe(tensor: torch.Tensor) -> str:
+    """A digest of up to 256 elements spread over a plain tensor."""
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+    step = max(1, flat.numel() // 256)
+    return digest(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())[:16] if flat.numel() else ""
+
+
+def assign(layouts: Sequence[Sequence[Shard]], *, split_bytes: int) -> list[list[Piece]]:
+    """Share the writing among the ranks: everything once, by bytes as even as can be.
+
+    Args:
+        layouts: every rank's shards, by rank.
+        split_bytes: replicas larger than this are cut into rows, one run for each holder.
+
+    Returns:
+        For every rank the pieces that it writes.
+
+    Raises:
+        LayoutError: tensors of one name differ in shape or dtype, replicas differ, or boxes overlap or leave gaps.
+    """
+    holders = _holders(layouts)
+    _check_cover(layouts, holders)
+    load = [0] * len(layouts)
+    pieces: list[list[Piece]] = [[] for _ in layouts]
+    shared = []
+    for places in holders.values():
+        shard = layouts[places[0][0]][places[0][1]]
+        if not math.prod(shard.box):
+            if not math.prod(shard.shape):  # an empty tensor is still a tensor: somebody must write that it exists
+                pieces[places[0][0]].append(Piece(places[0][1], 0, shard.box[0] if shard.box else 1))
+            continue
+        if len(places) == 1:
+            rank, index = places[0]
+            pieces[rank].append(Piece(index, 0, shard.box[0] if shard.box else 1))
+            load[rank] += _nbytes(shard)
+        else:
+            shared.append((shard, places))
+    for shard, places in sorted(shared, key=lambda s: (-_nbytes(s[0]), s[0].fqn, s[0].offset)):
+        _share(shard, places, load=load, pieces=pieces, split_bytes=split_bytes)
+    return pieces
+
+
+def _share(
+    shard: Shard, places: list[tuple[int, int]], *, load: list[int], pieces: list[list[Piece]], split_bytes: int
+) -> None:
+    """Give one replicated shard to the least loaded holder, or cut a large one into even runs of rows."""
+    rows = shard.box[0] if shard.box else 1
+    parts = len(places) if _nbytes(shard) > split_bytes and rows >= len(places) else 1
+    order = sorted(places, key=lambda p: (load[p[0]], p[0]))
+    for n, (rank, index) in enumerate(order[:parts]):
+        start, stop = rows * n // parts, rows * (n + 1) // parts
+        pieces[rank].append(Piece(index, start, stop))
+        load[rank] += _nbytes(shard) * (stop - start) // rows
+
+
+def _nbytes(shard: Shard) -> int:
+    return math.prod(shard.box) * shard.item_bytes
+
+
+def _holders(layouts: Sequence[Sequence[Shard]]) -> dict[tuple[str, Ints, Ints], list[tuple[int, int]]]:
+    """(tensor, box) -> who has it, as (rank, index of the shard)."""
+    holders: dict[tuple[str, Ints, Ints], list[tuple[int, int]]] = defaultdict(list)
+    for rank, layout in enumerate(layouts):
+        for index, shard in enumerate(layout):
+            holders[shard.fqn, shard.offset, shard.box].append((rank, index))
+    return holders
+
+
+def _check_cover(
+    layouts: Sequence[Sequence[Shard]], holders: dict[tuple[str, Ints, Ints], list[tuple[int, int]]]
+) -> None:
+    """Every tensor covered exactly, by replicas that agree; else all problems in one error."""
+    problems: list[str] = []
+    boxes: dict[str, list[Box]] = defaultdict(list)
+    first: dict[str, tuple[int, Shard]] = {}
+    for (fqn, offset, box), places in holders.items():
+        boxes[fqn].append(Box(offset, box))
+        for rank, index in places:
+            shard = layouts[rank][index]
+            rank0, shard0 = first.setdefault(fqn, (rank, shard))
+            if (shard.shape, shard.dtype) != (shard0.shape, shard0.dtype):
+                problems.append(
+                    f"{fqn} is {shard0.dtype}{list(shard0.shape)} on rank {rank0} "
+                    f"and {shard.dtype}{list(shard.shape)} on rank {rank}"
+                )
+            elif shard.probe != shard0.probe and shard.box == shard0.box:
+                problems.append(
+                    f"{fqn} has different values on ranks {rank0} and {rank} although neither shards it: "
+                    "shard it (DTensor), name it differently on each rank, or pass its owner in objects="
+                )
+    for fqn, found in boxes.items():
+        if problem := cover_problem(first[fqn][1].shape, found):
+            problems.append(f"{fqn} {problem}")
+    if problems:
+        raise LayoutError("the ranks' shards do not make whole tensors: " + "; ".join(sorted(set(problems))))
+
+
+def cover_problem(shape: Ints, boxes: Sequence[Box]) -> str | None:
+    """Say what is wrong if the boxes do not cover a tensor exactly: gaps, overlaps or boxes outside."""
+    filled = sorted(b for b in boxes if b.volume())
+    for box in filled:
+        if any(o < 0 or o + n > s for o, n, s in zip(box.offset, box.shape, shape)) or len(box.shape) != len(shape):
+            return f"has a box {box} outside of its shape {list(shape)}"
+    active: list[Box] = []
+    for box in filled:  # sorted by first offset: only boxes that reach into this row can overlap
+        active = [a for a in active if not a.shape or a.offset[0] + a.shape[0] > box.offset[0]]
+        for other in active:
+            if intersect(box, other) is not None:
+                return f"has overlapping boxes {other} and {box}"
+        active.append(box)
+    missing = math.prod(shape) - sum(b.volume() for b in filled)
+    return f"lacks {missing} of its {math.prod(shape)} elements" if missing else None
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """The common part of two boxes, or None."""
+    start = tuple(max(x, y) for x, y in zip(a.offset, b.offset))
+    stop = tuple(min(x + n, y + m) for x, n, y, m in zip(a.offset, a.shape, b.offset, b.shape))
+    if any(s >= t for s, t in zip(start, stop)):
+        return None
+    return Box(start, tuple(t - s for s, t in zip(start, stop)))
+
+
+def split(box: Box, item_bytes: int, chunk_bytes: int) -> Iterator[tuple[Box, int]]:
+    """Cut a box into chunks of at most about ``chunk_bytes``, contiguous in the box's own row-major bytes.
+
+    Yields:
+        (chunk, its first byte within the box).
+    """
+    if not box.shape or box.volume() * item_bytes <= chunk_bytes:
+        yield box, 0
+        return
+    row_bytes = math.prod(box.shape[1:]) * item_bytes
+    rows = max(1, chunk_bytes // row_bytes)
+    for start in range(0, box.shape[0], rows):
+        height = min(rows, box.shape[0] - start)
+        run = Box((box.offset[0] + start, *box.offset[1:]), (height, *box.shape[1:]))
+        if row_bytes <= chunk_bytes:
+            yield run, start * row_bytes
+            continue
+        inner = Box(run.offset[1:], run.shape[1:])  # one row is too large: cut inside it
+        for part, at in split(inner, item_bytes, chunk_bytes):
+            yield Box((run.offset[0], *part.offset), (1, *part.shape)), start * row_bytes + at
+
+
+def plan_digest(rows: Iterable[tuple[str, str, Ints, Box]]) -> str:
+    """The digest of what one rank writes: (fqn, dtype, shape, box) in order."""
+    return digest(msgspec.json.encode([[f, d, s, b.offset, b.shape] for f, d, s, b in rows]))

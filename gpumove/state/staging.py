@@ -1,0 +1,264 @@
+"""Copies of live tensors in host memory, taken beside forward and backward.
+
+Parameters and optimizer state change only inside ``optimizer.step``. So the copy runs while the next forward and
+backward run, and a hook in front of every optimizer step waits for what is left of it. A tensor that something else may
+change is copied before ``stage`` returns; one that was changed all the same is noticed, and the snapshot is refused.
+
+The host memory is one arena, kept between saves: first touch costs thirty times a copy, and the caching host allocator
+would round every tensor up to a power of two.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from gpumove.errors import ConfigError
+
+_ALIGN = 64
+
+
+class Arena:
+    """One growing run of host memory in huge pages, pinned once a CUDA device is in use."""
+
+    def __init__(self) -> None:
+        self._map: mmap.mmap | None = None
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self._bytes.numel()
+
+    def reserve(self, nbytes: int, *, pin: bool) -> torch.Tensor:
+        """The arena, at least this large; the old one is given back first if it must grow."""
+        if nbytes > self.nbytes:
+            self.release()
+            # A tenth more: values grow a little from save to save, and a new arena must be touched anew.
+            size = -(-int(nbytes * 1.02 + 65536) // (2 << 20)) * (2 << 20)
+            self._map = mmap.mmap(-1, size)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        if pin and not self._pinned:
+            _check_cuda(_runtime().cudaHostRegister(self._bytes.data_ptr(), self.nbytes, 0))
+            self._pinned = True
+        return self._bytes
+
+    def release(self) -> None:
+        """Give the memory back."""
+        if self._pinned:
+            _check_cuda(_runtime().cudaHostUnregister(self._bytes.data_ptr()))
+        self._bytes, self._map, self._pinned = torch.empty(0, dtype=torch.uint8), None, False
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _check_cuda(result: Any) -> None:
+    if int(result) != 0:
+        raise ConfigError(f"the CUDA runtime could not pin host memory (error {int(result)}): raise the memlock limit")
+
+
+class Snapshot:
+    """A consistent copy in the making. ``view(i)`` is source i's bytes, row-major, after ``wait()``."""
+
+    def __init__(self, slots: Sequence[tuple[int, int]], arena: torch.Tensor) -> None:
+        self._slots = slots
+        self._memory = memoryview(arena.numpy())  # type: ignore[arg-type]
+        self._done = threading.Event()
+        self._error: BaseException | None = None
+        self._events: list[tuple[torch.cuda.Stream, torch.cuda.Event]] = []
+        self._watched: list[tuple[int, torch.Tensor, int]] = []
+        self._sealed = threading.Lock()
+        self.changed: list[int] = []
+        """Sources that were changed while they were copied; filled by ``wait``."""
+        self.nbytes = sum(n for _, n in slots)
+        self.fence_s = 0.0
+        """Seconds that optimizer steps waited for this snapshot."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the copy is complete."""
+        return self._done.is_set()
+
+    def wait(self) -> None:
+        """Wait until the copy is complete.
+
+        Raises:
+            ConfigError: the training code changed a source meanwhile (code ``config.torn``).
+        """
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+
+    def view(self, index: int) -> memoryview:
+        """The bytes of one source."""
+        start, nbytes = self._slots[index]
+        return self._memory[start : start + nbytes]
+
+    def fence(self) -> None:
+        """Called before an optimizer changes anything: the host waits for host copies, the stream for device ones."""
+        if self._done.is_set():
+            return
+        began = time.perf_counter()
+        if self._events:
+            # What the host enqueues from here on runs behind the copy: the host itself need not wait.
+            self._seal()
+            for _, event in self._events:
+                torch.cuda.current_stream(event_device(event)).wait_event(event)
+        else:
+            self._done.wait()
+        self.fence_s += time.perf_counter() - began
+
+    def _seal(self) -> None:
+        """Compare versions once: whatever changed up to here was changed under the copy."""
+        with self._sealed:
+            self.changed += [i for i, t, version in self._watched if t._version != version]
+            self._watched = []
+
+    def _finish(self, error: BaseException | None) -> None:
+        self._seal()
+        if error is None and self.changed:
+            error = ConfigError("tensors changed while they were copied", code="config.torn")
+        self._error = error
+        self._done.set()
+
+
+def event_device(event: torch.cuda.Event) -> torch.device:
+    """The device that an event was recorded on."""
+    return event.device
+
+
+class Stager:
+    """Makes snapshots into one kept arena. One at a time: the next ``stage`` overwrites the last."""
+
+    def __init__(self, *, overlap: bool) -> None:
+        self._overlap = overlap
+        self._arena = Arena()
+        self._current: Snapshot | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._specs: list[tuple[torch.dtype, torch.Size]] = []
+        self._slots: list[tuple[int, int]] = []
+        self._copies: list[torch.Tensor] = []
+        self._hook = register_optimizer_step_pre_hook(self._before_step)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held."""
+        return self._arena.nbytes
+
+    def _before_step(self, *_: Any) -> None:
+        if self._current is not None:
+            self._current.fence()
+
+    def prepare(self, sources: Sequence[torch.Tensor], extra_bytes: int = 1 << 20) -> None:
+        """Touch the memory that a snapshot of these sources needs, so that the first is as quick as the rest."""
+        nbytes = sum(-(-t.numel() * t.element_size() // _ALIGN) * _ALIGN for t in sources) + extra_bytes
+        if nbytes > self._arena.nbytes:
+            self._arena.reserve(nbytes, pin=any(t.is_cuda for t in sources)).zero_()
+
+    def stage(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool]) -> Snapshot:
+        """Begin a snapshot and return; it completes in the background.
+
+        Args:
+            sources: local tensors on any device.
+            at_once: per source, whether it may change before the next optimizer step.
+        """
+        self._lay_out(sources)
+        snapshot = Snapshot(self._slots, self._arena.reserve(0, pin=False))
+        now = [i for i, t in enumerate(sources) if not t.is_cuda and (at_once[i] or not self._overlap or _small(t))]
+        later = sorted(set(range(len(sources))) - set(now))
+        self._copy(sources, now)
+        snapshot._watched = _versions(sources, [i for i in later if not at_once[i]])
+        on_device = [i for i in later if sources[i].is_cuda]
+        on_host = [i for i in later if not sources[i].is_cuda]
+        keep = self._enqueue(snapshot, sources, on_device, at_once)
+        self._current = snapshot
+        if not on_device and not on_host:
+            snapshot._finish(None)
+        else:
+            threading.Thread(
+                target=self._complete, args=(snapshot, sources, on_host, keep), name="gpumove-stage", daemon=True
+            ).start()
+            if not self._overlap:
+                snapshot._done.wait()
+        return snapshot
+
+    def _lay_out(self, sources: Sequence[torch.Tensor]) -> None:
+        """Slots and destination views, kept while dtypes and shapes stay the same."""
+        specs = [(t.dtype, t.shape) for t in sources]
+        if specs == self._specs and self._copies:
+            return
+        slots, at = [], 0
+        for t in sources:
+            nbytes = t.numel() * t.element_size()
+            slots.append((at, nbytes))
+            at += -(-nbytes // _ALIGN) * _ALIGN
+        self._copies = []  # views keep the old arena alive
+        arena = self._arena.reserve(at, pin=any(t.is_cuda for t in sources))
+        self._copies = [arena[a : a + n].view(t.dtype).view(t.shape) for (a, n), t in zip(slots, sources)]
+        self._specs, self._slots = specs, slots
+
+    def _copy(self, sources: Sequence[torch.Tensor], which: Sequence[int]) -> None:
+        # _foreach_copy_ releases the GIL for the whole list; untyped_storage().copy_() would hold it.
+        if which:
+            torch._foreach_copy_([self._copies[i] for i in which], [sources[i] for i in which])
+
+    def _enqueue(
+        self, snapshot: Snapshot, sources: Sequence[torch.Tensor], which: Sequence[int], at_once: Sequence[bool]
+    ) -> list[torch.Tensor]:
+        """Queue device copies on a side stream that starts behind what the current stream has been given so far."""
+        keep: list[torch.Tensor] = []
+        for device in {sources[i].device for i in which}:
+            mine = [i for i in which if sources[i].device == device]
+            # What forward may change is cloned on the device first, in the order of the training stream.
+            taken = {i: sources[i].clone() if at_once[i] else sources[i] for i in mine}
+            stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                sources_now = [taken[i].contiguous() for i in mine]
+                torch._foreach_copy_([self._copies[i] for i in mine], sources_now, non_blocking=True)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(stream)
+            snapshot._events.append((stream, event))
+            keep += sources_now + list(taken.values())  # registered memory is not tracked by the allocator
+        return keep
+
+    def _complete(
+        self, snapshot: Snapshot, sources: Sequence[torch.Tensor], on_host: Sequence[int], keep: list[torch.Tensor]
+    ) -> None:
+        error: BaseException | None = None
+        try:
+            self._copy(sources, on_host)
+            for _, event in snapshot._events:
+                event.synchronize()
+        except BaseException as failure:  # noqa: BLE001 - handed to whoever waits
+            error = failure
+        keep.clear()
+        snapshot._finish(error)
+
+    def close(self) -> None:
+        """Wait for a running copy, unhook, give the memory back."""
+        self._hook.remove()
+        if self._current is not None:
+            self._current._done.wait()
+        self._current, self._copies, self._specs = None, [], []
+        self._arena.release()
+
+
+def _small(tensor: torch.Tensor) -> bool:
+    """Scalars such as step counters: copying them now is cheaper than watching them."""
+    return tensor.numel() <= 16
+
+
+def _versions(sources: Sequence[torch.Tensor], which: Sequence[int]) -> list[tuple[int, torch.Tensor, int]]:
+    return [(i, sources[i], sources[i]._version) for i in which if not sources[i].is_inference()]

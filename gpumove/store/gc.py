@@ -1,0 +1,119 @@
+"""Retention and reachability: which checkpoints stay, what may be deleted, in which order (docs/format.md)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from gpumove.format import keys
+from gpumove.format.manifest import FORMAT, Checkpoint, Collect, LogEntry
+from gpumove.store.log import Log, View
+from gpumove.store.objects import Store
+from gpumove.store.records import reachable
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest, pinned ones, and multiples of ``keep_every``."""
+
+    keep_last: int | None = None
+    keep_every: int | None = None
+
+    def kept(self, view: View) -> tuple[Checkpoint, ...]:
+        """The checkpoints that stay, oldest first. The newest, and the one resumed from, always do."""
+        sound = [c for c in view.checkpoints if c.number not in view.damaged]
+        newest = {c.number for c in (sound[-self.keep_last :] if self.keep_last else sound)}
+        newest |= {c.number for c in view.checkpoints[-1:]}
+        return tuple(
+            c
+            for c in view.checkpoints
+            if c.number in newest
+            or c.pinned
+            or c.number == view.resumed
+            or (self.keep_every and c.step % self.keep_every == 0 and c.number not in view.damaged)
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a collection would do. ``doomed`` is in the order of deletion."""
+
+    kept: tuple[Checkpoint, ...]
+    dropped: tuple[Checkpoint, ...]
+    doomed: tuple[str, ...]
+    doomed_bytes: int
+
+
+def plan(store: Store, view: View, retention: Retention, *, reach: Callable[[Checkpoint], Iterable[str]]) -> Plan:
+    """Decide what to delete. Reads the store, changes nothing.
+
+    Args:
+        store: the run.
+        view: a fresh view of its log.
+        retention: what to keep.
+        reach: the keys that a checkpoint needs; :func:`reachable`, or a cache of it.
+    """
+    kept = retention.kept(view)
+    dropped = tuple(c for c in view.checkpoints if c not in kept)
+    needed = set().union(*(reach(c) for c in kept)) if kept else set()
+    alive = _first_alive(view)
+    doomed: list[str] = []
+    size = 0
+    for prefix in ("manifests/", "parts/", "packs/"):
+        for found in store.list(prefix):
+            attempt = keys.attempt_of(found.key)
+            if attempt is not None and attempt < alive and found.key not in needed:
+                doomed.append(found.key)
+                size += found.nbytes
+    return Plan(kept, dropped, tuple(doomed), size)
+
+
+def _first_alive(view: View) -> str:
+    """The first attempt that may still be committed; all before it are dead unless a kept manifest reaches them."""
+    serials = [int(c.attempt[9:]) for c in view.checkpoints if c.attempt.startswith(f"{view.epoch:08d}-")]
+    return keys.attempt_name(view.epoch, max(serials, default=0) + 1)
+
+
+def collect(log: Log, retention: Retention, *, reach: Callable[[Checkpoint], Iterable[str]] | None = None) -> Plan:
+    """Drop checkpoints and delete what nothing needs any more.
+
+    The log is told first. If it cannot be, nothing is deleted; if the deletion breaks off, the next one completes it.
+
+    Returns:
+        What was done.
+    """
+    store = log.store
+    reach = reach or (lambda c: reachable(store, c))
+    made: list[Plan] = []
+
+    def make(view: View, number: int) -> LogEntry:
+        made.append(plan(store, view, retention, reach=reach))
+        return Collect(
+            format=FORMAT, number=number, epoch=view.epoch, writer=log.writer, time=time.time(),
+            kept=made[-1].kept, resumed=view.resumed,
+        )  # fmt: skip
+
+    entry = log.append(make)
+    _delete(store, made[-1].doomed)
+    _delete(store, _old_entries(store, entry.number))
+    return made[-1]
+
+
+def _old_entries(store: Store, number: int) -> list[str]:
+    found = (o.key for o in store.list("log/"))
+    return [k for k in found if (n := keys.entry_number(k)) is not None and n < number]
+
+
+def _delete(store: Store, doomed: Iterable[str]) -> None:
+    """In order, manifests before parts before packs, so that nothing that stays refers to what is gone."""
+    batch: list[str] = []
+    room = ""
+    for key in doomed:
+        if batch and (key.split("/")[0] != room or len(batch) >= 1000):
+            store.delete(batch)
+            batch = []
+        room = key.split("/")[0]
+        batch.append(key)
+    if batch:
+        store.delete(batch)

@@ -1,0 +1,265 @@
+"""The commit log: claim, checkpoint, note, pin, gc. Fencing by epoch, and read-back of what was created.
+
+The rules are in docs/format.md, sections 2 and 7. This room knows records and keys, never tensors.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from gpumove.errors import ConfigError, FencedError, IntegrityError, ObjectNotFoundError, StoreError
+from gpumove.format import keys
+from gpumove.format.manifest import FORMAT, Checkpoint, Claim, Collect, LogEntry, Note, Pin, Run, decode, encode
+from gpumove.store.objects import Store
+
+_BATCH = 32
+_MAX_CONFLICTS = 1000
+
+
+@dataclass(frozen=True)
+class View:
+    """What the live entries of a log say, up to ``head`` (0 for an empty log)."""
+
+    head: int = 0
+    epoch: int = 0
+    writer: str = ""
+    host: str = ""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    resumed: int | None = None
+    """The entry that the newest epoch went on from, until it has a commit of its own."""
+    damaged: frozenset[int] = frozenset()
+    first: int = 1
+    """Number of the first live entry."""
+
+    def extended(self, entry: LogEntry) -> View:
+        """The view after one more entry."""
+        seen = replace(self, head=entry.number)
+        match entry:
+            case Claim():
+                return replace(seen, epoch=entry.epoch, writer=entry.writer, host=entry.host, resumed=None)
+            case Checkpoint():
+                return replace(seen, checkpoints=(*self.checkpoints, entry), resumed=None)
+            case Note():
+                return replace(
+                    seen,
+                    resumed=self.resumed if entry.resumed is None else entry.resumed,
+                    damaged=self.damaged | set(entry.damaged),
+                )
+            case Pin():
+                return replace(seen, checkpoints=tuple(_pinned(c, entry) for c in self.checkpoints))
+            case Collect():
+                # The gc entry carries the epoch that it was written in, so that claims below it are not missed.
+                return replace(
+                    seen, checkpoints=entry.kept, resumed=entry.resumed, first=entry.number, epoch=entry.epoch
+                )
+
+    def find(self, step: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint, or the newest one of a step."""
+        return next((c for c in reversed(self.checkpoints) if step is None or c.step == step), None)
+
+
+def _pinned(checkpoint: Checkpoint, pin: Pin) -> Checkpoint:
+    if checkpoint.number != pin.checkpoint:
+        return checkpoint
+    return msgspec.structs.replace(checkpoint, pinned=pin.pinned)
+
+
+class Log:
+    """A run's log. ``view`` is what was read or written last; only an owner (after ``claim``) may commit."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.writer = uuid.uuid4().hex
+        self.run = ""
+        self.epoch: int | None = None
+        self.view = View()
+
+    def open(self, *, create: bool) -> str:
+        """Read ``format.json``; make it if allowed and absent.
+
+        Returns:
+            The run's id, or "" if there is no run and none was to be made.
+
+        Raises:
+            ConfigError: the run has a newer format.
+            StoreError: the store cannot hold a log.
+        """
+        if create and self.store.exists(keys.FORMAT_KEY) is None:
+            self.store.probe_create()
+            fresh = Run(format=FORMAT, name="gpumove", run=uuid.uuid4().hex)
+            self.store.create(keys.FORMAT_KEY, encode(fresh))  # another's is as good: it is read back below
+        try:
+            found = decode(Run, self.store.get(keys.FORMAT_KEY), key=keys.FORMAT_KEY)
+        except ObjectNotFoundError:
+            return ""
+        if found.name != "gpumove":
+            raise IntegrityError(f"{self.store.url}/{keys.FORMAT_KEY} is not a gpumove run: use another URL")
+        self.run = found.run
+        return found.run
+
+    def read(self) -> View:
+        """Read the live entries afresh.
+
+        Raises:
+            IntegrityError: an entry is missing or damaged.
+        """
+        for last in (False, False, True):
+            try:
+                self.view = self._read_once()
+                return self.view
+            except (ObjectNotFoundError, IntegrityError) as error:
+                # A gc that ran between the listing and the reading looks like a hole: look again before crying wolf.
+                if last or getattr(error, "code", "") not in ("store.not_found", "integrity.log_hole"):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _read_once(self) -> View:
+        numbers = sorted(n for o in self.store.list("log/") if (n := keys.entry_number(o.key)) is not None)
+        if not numbers:
+            return View()
+        entries: list[LogEntry] = []
+        head, present = numbers[-1], set(numbers)
+        top = head
+        with ThreadPoolExecutor(min(_BATCH, head)) as pool:
+            while top > 0 and not any(isinstance(e, Collect) for e in entries):
+                batch = range(max(1, top - _BATCH + 1), top + 1)
+                entries[:0] = [e for e in pool.map(lambda n: self._entry(n, present), batch) if e is not None]
+                top = batch[0] - 1
+        return _replay(entries, head)
+
+    def _entry(self, number: int, present: set[int]) -> LogEntry | None:
+        """One entry; None if it is not there, asked for by its key since a listing is no snapshot."""
+        try:
+            return decode(LogEntry, self.store.get(keys.entry_key(number)), key=keys.entry_key(number))  # type: ignore[arg-type]
+        except ObjectNotFoundError:
+            if number in present and number == max(present):
+                raise
+            return None
+
+    def append(self, make: Callable[[View, int], LogEntry]) -> LogEntry:
+        """Create the next entry.
+
+        Args:
+            make: builds it from the view that it follows and its number; called again if the number was taken.
+
+        Raises:
+            FencedError: another writer has claimed the run.
+        """
+        for _ in range(_MAX_CONFLICTS):
+            number = self.view.head + 1
+            entry = make(self.view, number)
+            if entry.number != number:
+                raise ConfigError(f"an entry for number {number} was built with number {entry.number}")
+            if not self.store.create(keys.entry_key(number), encode(entry)):
+                self._follow(number)
+            elif self._is_live(number):
+                self.view = self.view.extended(entry)
+                return entry
+            else:
+                self.read()
+                self.check_owner()
+        raise StoreError(f"{self.store.url}: {_MAX_CONFLICTS} log numbers in a row were taken by other writers")
+
+    def _is_live(self, number: int) -> bool:
+        """Whether an entry that was just created counts.
+
+        A writer that slept while others wrote, and gc removed what they wrote, finds its next number free although it
+        is long gone. But then the gc entry, whose number is higher, exists already: one listing tells.
+        """
+        head = max((keys.entry_number(o.key) or 0 for o in self.store.list("log/")), default=number)
+        if head == number:
+            return True
+        view = self._read_once()
+        return view.first <= number or any(c.number == number for c in view.checkpoints)
+
+    def _follow(self, number: int) -> None:
+        """Take in an entry of somebody else's."""
+        key = keys.entry_key(number)
+        other: LogEntry = decode(LogEntry, self.store.get(key), key=key)  # type: ignore[arg-type]
+        self.view = self.view.extended(other)
+        self.check_owner()
+
+    def follow(self) -> None:
+        """Take in the entries that came since."""
+        if not self.view.head:
+            self.read()
+        elif self.store.exists(keys.entry_key(self.view.head)) is None:
+            self.read()  # a gc passed by, and perhaps what lay between is gone with it
+            self.check_owner()
+        while self.store.exists(keys.entry_key(self.view.head + 1)) is not None:
+            self._follow(self.view.head + 1)
+
+    def check_owner(self) -> None:
+        """Raise FencedError if this writer has claimed an epoch and a newer one is known."""
+        if self.epoch is not None and self.view.epoch > self.epoch:
+            raise FencedError(
+                f"{self.store.url}: this process owned epoch {self.epoch}, and {self.view.host or 'another writer'} "
+                f"has claimed epoch {self.view.epoch} since: stop this process; the newest committed checkpoint is "
+                f"{_say(self.view.find())}"
+            )
+
+    def claim(self) -> Claim:
+        """Open a new epoch, fencing every older owner."""
+        self.epoch = None
+        host = socket.gethostname()
+
+        def make(view: View, number: int) -> Claim:
+            return Claim(
+                format=FORMAT, number=number, epoch=view.epoch + 1, writer=self.writer, time=time.time(), host=host
+            )
+
+        entry = self.append(make)
+        self.epoch = entry.epoch
+        return entry  # type: ignore[return-value]
+
+    def adopt(self, run: str, epoch: int) -> None:
+        """Take over what this job's rank 0 has claimed."""
+        self.run, self.epoch = run, epoch
+
+    def note(self, text: str, *, resumed: int | None = None, damaged: Sequence[int] = ()) -> LogEntry:
+        """Say something that readers of the log should know."""
+        return self.append(
+            lambda view, number: Note(
+                format=FORMAT, number=number, epoch=view.epoch, writer=self.writer, time=time.time(),
+                text=text, resumed=resumed, damaged=tuple(damaged),
+            )
+        )  # fmt: skip
+
+    def pin(self, checkpoint: Checkpoint, *, pinned: bool) -> LogEntry:
+        """Keep a checkpoint from retention, or no longer."""
+        return self.append(
+            lambda view, number: Pin(
+                format=FORMAT, number=number, epoch=view.epoch, writer=self.writer, time=time.time(),
+                checkpoint=checkpoint.number, pinned=pinned,
+            )
+        )  # fmt: skip
+
+
+def _replay(entries: Sequence[LogEntry], head: int) -> View:
+    """Fold entries into a view, starting at the newest gc entry, and look for holes."""
+    start = max((i for i, e in enumerate(entries) if isinstance(e, Collect)), default=0)
+    live = entries[start:]
+    first = live[0].number if live and isinstance(live[0], Collect) else 1
+    if missing := sorted(set(range(first, head + 1)) - {e.number for e in live}):
+        raise IntegrityError(
+            f"the log has a hole: {keys.entry_key(missing[0])} is missing"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + f", while {keys.entry_key(head)} exists. Restore the object from the store's versions, or copy the run "
+            "up to the hole to a new URL",
+            code="integrity.log_hole",
+        )
+    view = View()
+    for entry in live:
+        view = view.extended(entry)
+    return view
+
+
+def _say(checkpoint: Checkpoint | None) -> str:
+    return "none" if checkpoint is None else f"step {checkpoint.step} (entry {checkpoint.number})"

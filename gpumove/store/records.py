@@ -1,0 +1,79 @@
+"""Manifests and parts, read and verified by the digest they are named with. Knows records, never tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from gpumove.errors import IntegrityError, ObjectNotFoundError
+from gpumove.format.codec import digest
+from gpumove.format.manifest import Checkpoint, Chunk, Manifest, Pack, Part, PartRef, decode
+from gpumove.store.objects import Store
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A stored chunk together with the pack table that its numbers (and its bases' numbers) point into."""
+
+    chunk: Chunk
+    packs: tuple[Pack, ...]
+
+    @property
+    def pack(self) -> Pack:
+        """The pack that holds the chunk's own bytes."""
+        return self.packs[self.chunk.pack]
+
+
+def read_manifest(store: Store, checkpoint: Checkpoint) -> Manifest:
+    """The manifest of a log entry.
+
+    Raises:
+        IntegrityError: it is missing or is not what the log entry names.
+    """
+    data = _verified(store, checkpoint.manifest_key, checkpoint.manifest)
+    return decode(Manifest, data, key=checkpoint.manifest_key)
+
+
+def read_part(store: Store, ref: PartRef) -> Part:
+    """A part as a manifest names it.
+
+    Raises:
+        IntegrityError: it is missing or is not what the manifest names.
+    """
+    part = decode(Part, _verified(store, ref.key, ref.digest), key=ref.key)
+    for entry in (*part.tensors, *part.local):
+        if any(not _in_table(chunk, len(part.packs)) for chunk in entry.chunks):
+            raise IntegrityError(f"{store.url}/{ref.key}: {entry.fqn} refers to a pack that the part does not list")
+    return part
+
+
+def _in_table(chunk: Chunk, packs: int) -> bool:
+    if chunk.inline is not None:
+        return True
+    return 0 <= chunk.pack < packs and (chunk.base is None or _in_table(chunk.base, packs))
+
+
+def read_parts(store: Store, refs: Sequence[PartRef], *, concurrency: int) -> list[Part]:
+    """Several parts at once, in the order asked for."""
+    with ThreadPoolExecutor(max(1, min(concurrency, len(refs)))) as pool:
+        return list(pool.map(lambda ref: read_part(store, ref), refs))
+
+
+def reachable(store: Store, checkpoint: Checkpoint, *, concurrency: int = 8) -> dict[str, int]:
+    """Every object that a checkpoint needs, manifest, parts and packs, with its size in bytes."""
+    manifest = read_manifest(store, checkpoint)
+    needed = {checkpoint.manifest_key: checkpoint.manifest_bytes, **{ref.key: ref.nbytes for ref in manifest.parts}}
+    for part in read_parts(store, manifest.parts, concurrency=concurrency):
+        needed.update((pack.key, pack.nbytes) for pack in part.packs)
+    return needed
+
+
+def _verified(store: Store, key: str, expected: str) -> bytes:
+    try:
+        data = store.get(key)
+    except ObjectNotFoundError as error:
+        raise IntegrityError(f"{store.url}/{key} is missing, and a committed checkpoint needs it") from error
+    if (found := digest(data)) != expected:
+        raise IntegrityError(f"{store.url}/{key} is damaged: its bytes hash to {found}, and {expected} was recorded")
+    return data
