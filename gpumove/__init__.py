@@ -1,1 +1,74 @@
-"""gpumove moves running PyTorch training jobs between GPU clouds."""
+"""gpumove moves running PyTorch training jobs between GPU clouds.
+
+Nothing happens at import: the names below are loaded when they are first used, so that tools which only read a run do
+not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from gpumove.version import __version__
+
+if TYPE_CHECKING:
+    from gpumove.checkpointer import Checkpointer
+    from gpumove.config import Config
+    from gpumove.errors import (
+        ConfigError,
+        FencedError,
+        GpumoveError,
+        IntegrityError,
+        LayoutError,
+        StoreError,
+    )
+    from gpumove.format.manifest import Manifest
+    from gpumove.handle import SaveHandle
+    from gpumove.load import load
+    from gpumove.state.loader import ElasticLoader
+
+_HOMES = {
+    "Checkpointer": "gpumove.checkpointer",
+    "Config": "gpumove.config",
+    "ConfigError": "gpumove.errors",
+    "ElasticLoader": "gpumove.state.loader",
+    "FencedError": "gpumove.errors",
+    "GpumoveError": "gpumove.errors",
+    "IntegrityError": "gpumove.errors",
+    "LayoutError": "gpumove.errors",
+    "Manifest": "gpumove.format.manifest",
+    "SaveHandle": "gpumove.handle",
+    "StoreError": "gpumove.errors",
+    "load": "gpumove.load",
+}
+
+__all__ = [
+    "Checkpointer",
+    "Config",
+    "ConfigError",
+    "ElasticLoader",
+    "FencedError",
+    "GpumoveError",
+    "IntegrityError",
+    "LayoutError",
+    "Manifest",
+    "SaveHandle",
+    "StoreError",
+    "__version__",
+    "load",
+]
+
+logging.getLogger("gpumove").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gpumove' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

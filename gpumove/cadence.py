@@ -1,7 +1,7 @@
 """When the ranks meet next to decide on a save: a step number that all of them know beforehand.
 
-Between two meetings a step costs one comparison. A cadence in seconds is turned into steps by the measured step time, so
-that no clock of any other rank matters. Knows numbers only.
+Between two meetings a step costs one comparison. A cadence in seconds is turned into steps by the measured step time,
+so that no clock of any other rank matters. Knows numbers only.
 """
 
 from __future__ import annotations

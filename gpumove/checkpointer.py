@@ -1,4 +1,4 @@
-"""The object in the training loop: it decides with the other ranks when to save, stages, and hands over to the background.
+"""The object in the training loop: it decides with the other ranks when to save, stages, and hands over.
 
 Collectives happen only here, in the training thread, and only at steps that all ranks know beforehand to be meetings.
 """
@@ -279,12 +279,11 @@ class Checkpointer:
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("the Checkpointer is closed")
-        if not self._claimed:
-            if found := self._claim(None):
-                raise ConfigError(
-                    f"{self._store.url} already has checkpoints up to step {found[0].step}: call restore() before the "
-                    "first step to go on from there, or use a new URL to begin anew"
-                )
+        if not self._claimed and (found := self._claim(None)):
+            raise ConfigError(
+                f"{self._store.url} already has checkpoints up to step {found[0].step}: call restore() before the "
+                "first step to go on from there, or use a new URL to begin anew"
+            )
 
     def _decide(self, step: int, flags: Sequence[bytes], *, force: bool) -> _Verdict:
         """Rank 0: save or not, plan anew or not, and when to meet again."""

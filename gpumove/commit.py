@@ -1,7 +1,7 @@
 """The commit: wait for every rank's part, check that the plan is covered, publish manifest and log entry.
 
-Only rank 0 runs this. It reads names, not parts: a part's name says its rank, its digest and the digest of the plan that it
-followed, so a commit costs one listing and two small objects, whatever the size of the job.
+Only rank 0 runs this. It reads names, not parts: a part's name says its rank, its digest and the digest of the plan
+that it followed, so a commit costs one listing and two small objects, whatever the size of the job.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _look(log: Log, order: Order) -> tuple[dict[int, PartRef], dict[int, str]]:
             continue
         if receipt.rank >= len(order.plans) or not order.plans[receipt.rank].startswith(receipt.plan):
             raise IntegrityError(
-                f"{log.store.url}/{info.key} follows another plan than the one agreed on: was this attempt written twice?",
+                f"{log.store.url}/{info.key} follows another plan than the one agreed on: was it written twice?",
                 code="integrity.plan",
             )
         found[receipt.rank] = receipt.ref(info.nbytes)
@@ -116,8 +116,8 @@ def commit(log: Log, order: Order, parts: Sequence[PartRef]) -> Checkpoint:
     plan = digest("".join(order.plans).encode())
     manifest = encode(
         Manifest(
-            format=FORMAT, run=log.run, step=order.step, epoch=epoch, attempt=order.attempt, world_size=len(order.plans),
-            time=time.time(), state_bytes=order.state_bytes, new_bytes=new_bytes, plan=plan, parts=tuple(parts),
+            format=FORMAT, run=log.run, step=order.step, epoch=epoch, attempt=order.attempt,
+            world_size=len(order.plans), time=time.time(), state_bytes=order.state_bytes, new_bytes=new_bytes, plan=plan, parts=tuple(parts),
             fingerprint=dict(order.fingerprint), trace=tuple(order.trace),
         )
     )  # fmt: skip

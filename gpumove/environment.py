@@ -1,5 +1,4 @@
-"""What the job runs on, as plain values for manifests and for ``gpumove doctor``. Never secrets, never the environment's
-variables at large."""
+"""What the job runs on, as plain values for manifests and for ``gpumove doctor``. Never secrets or variables at large."""
 
 from __future__ import annotations
 

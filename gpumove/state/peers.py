@@ -24,7 +24,7 @@ class Peers:
         self._group: dist.ProcessGroup | None = None
         self.rank, self.world_size = 0, 1
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            self.rank, self.world_size = process_rank(), dist.get_world_size()
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
 
     def meet(self, where: str) -> None:
@@ -105,6 +105,11 @@ class Peers:
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
+
+
+def process_rank() -> int:
+    """This process's rank in the job; 0 if there is no process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _tensor(message: bytes) -> torch.Tensor:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import abc
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
 
-from gpumove.errors import StoreError
+from gpumove.config import Config
+from gpumove.errors import ConfigError
 from gpumove.store import retry
 from gpumove.store.address import Address
 
@@ -68,7 +70,7 @@ class Backend(abc.ABC):
         """What a failure of ``verb`` means."""
         return retry.judge(error)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to close
         """Let go of connections."""
 
 
@@ -269,4 +271,6 @@ def connect(address: Address, config: Config, options: Mapping[str, Any]) -> Bac
     except ValueError:
         if extra:
             raise
-        raise ConfigError(f"no store is known by the scheme {scheme}://; see docs/store.md for those that are") from None
+        raise ConfigError(
+            f"no store is known by the scheme {scheme}://; see docs/store.md for those that are"
+        ) from None

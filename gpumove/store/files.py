@@ -30,7 +30,7 @@ def is_temporary(name: str) -> bool:
 
 
 class FileBackend(Backend):
-    """A directory of a POSIX file system. Calls run in threads of their own, since a hung mount cannot be waited out."""
+    """A directory of a POSIX file system. Calls run in threads of their own: a hung mount cannot be interrupted."""
 
     parallel = False
 

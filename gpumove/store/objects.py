@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from gpumove.config import Config
@@ -184,9 +185,7 @@ class Store:
         self._each(fetch, groups)
         return result
 
-    def _read(
-        self, key: str, ranges: Sequence[tuple[int, int]], out: Sequence[memoryview] | None
-    ) -> list[Buffer]:
+    def _read(self, key: str, ranges: Sequence[tuple[int, int]], out: Sequence[memoryview] | None) -> list[Buffer]:
         targets = [out]
 
         def attempt(backend: Backend, seconds: float) -> list[Buffer]:
@@ -217,8 +216,7 @@ class Store:
         found: list[ObjectInfo] = []
         token: str | None = None
         while True:
-            at = token
-            page, token = self._run("list", start, 0, lambda backend, seconds: backend.page(start, at, seconds))
+            page, token = self._run("list", start, 0, partial(_page, start, token))
             found += page
             if token is None:
                 return sorted(found)
@@ -234,3 +232,119 @@ class Store:
             self._run("delete", batch[0], 0, lambda backend, seconds: backend.delete(batch, seconds))
 
         self._each(drop, batches)
+
+    def probe_create(self) -> None:
+        """Try out whether creates are exclusive here; what it writes is deleted.
+
+        Raises:
+            StoreError: code ``store.no_create_only`` if two creates of one key do not give exactly one winner.
+        """
+        keys = [f"probe/{uuid.uuid4().hex}" for _ in range(_PROBE_ROUNDS)]
+        try:
+            for key in keys:
+                self._race(key)
+        finally:
+            with contextlib.suppress(StoreError):
+                self.delete(keys)
+
+    def _race(self, key: str) -> None:
+        """One create before, several at once after a barrier, one later: exactly one may win, and it must lie there."""
+        claims = [f"{i} {uuid.uuid4().hex}".encode() for i in range(min(8, max(2, self._config.concurrency)))]
+        barrier = threading.Barrier(len(claims))
+        won: list[bytes] = []
+        failures: list[BaseException] = []
+
+        def claim(text: bytes) -> None:
+            try:
+                barrier.wait(timeout=60)
+                if self.create(key, text):
+                    won.append(text)
+            except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+                failures.append(error)
+
+        threads = [threading.Thread(target=claim, args=(text,), daemon=True) for text in claims]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        late = self.create(key, b"late " + claims[0])
+        held = self.get(key)
+        if late or len(won) != 1 or held != won[0]:
+            raise StoreError(
+                f"{self.url} cannot hold a log: of {len(claims) + 1} creates of one key {len(won) + late} won, and the "
+                f"{'winner' if held in won else 'wrong one'} lies there; {retry.NO_CREATE.advice}",
+                code=retry.NO_CREATE.code,
+            )
+
+    def close(self) -> None:
+        """Let go of connections and threads. Calls in flight end by themselves."""
+        self._closed = True
+        if self._live.pid == os.getpid():
+            self._live.pool.shutdown(wait=False)
+            self._live.backend.close()
+
+    def _start(self, parent: _Live | None) -> _Live:
+        most = self._config.concurrency
+        pool = ThreadPoolExecutor(most, thread_name_prefix="gpumove-store")
+        return _Live(os.getpid(), self._connect(), retry.Limiter(most, self._clock), pool, parent)
+
+    def _now(self) -> _Live:
+        """The live parts, made anew in a forked child, whose parent's threads and locks are gone."""
+        if self._closed:
+            raise StoreError(f"{self.url} was closed; open it again", code="store.closed")
+        if self._live.pid != os.getpid():
+            self._live = self._start(self._live)
+        return self._live
+
+    def _each(self, work: Callable[[U], None], items: Sequence[U]) -> None:
+        """Do all, at once where there are several; the first error is raised when none is running any more."""
+        if len(items) < 2:
+            for item in items:
+                work(item)
+            return
+        futures = [self._now().pool.submit(work, item) for item in items]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+    def _run(self, verb: str, key: str, nbytes: int, attempt: Callable[[Backend, float], T]) -> T:
+        """One operation under the one retry policy; every failure leaves here as one of our errors."""
+        if verb != "list":
+            _check_key(key)
+        live, config, extra_s = self._now(), self._config, nbytes / _MIB
+        try:
+            return retry.retrying(
+                lambda seconds: attempt(live.backend, seconds),
+                judged=lambda error: live.backend.fault(error, verb),
+                deadline_s=config.deadline_s + extra_s,
+                budget_s=config.retry_s + extra_s,
+                limiter=live.limiter,
+                clock=self._clock,
+            )
+        except retry.GaveUpError as gave_up:
+            failure = gave_up
+        # Outside of the handler: the error must not drag along the back end's own, whose text may hold a secret.
+        return self._fail(verb, key, live.backend, failure)
+
+    def _fail(self, verb: str, key: str, backend: Backend, failure: retry.GaveUpError) -> NoReturn:
+        fault, where = failure.fault, f"{self.url}/{key}"
+        if fault.kind == "missing" and verb in ("get", "get_ranges"):
+            raise ObjectNotFoundError(f"{where} does not exist")
+        advice = fault.advice
+        if fault.code in ("store.denied", "store.credentials"):
+            advice = f"credentials come from {backend.access}"
+        tried = f"tried {failure.tries} times in {failure.seconds:.0f} s" if failure.tries > 1 else "not retried"
+        text = self._scrub(f"{type(failure.error).__name__}: {failure.error}")
+        kind: type[GpumoveError] = IntegrityError if fault.kind == "corrupt" else StoreError
+        raise kind(f"{verb} {where} failed, {tried}: {text}; {advice or 'see docs/store.md'}", code=fault.code)
+
+
+def _page(prefix: str, token: str | None, backend: Backend, seconds: float) -> tuple[list[ObjectInfo], str | None]:
+    return backend.page(prefix, token, seconds)
+
+
+def _check_key(key: str) -> None:
+    if not key or any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key or "\\" in key:
+        raise ConfigError(f"{key!r} is no key: parts between single slashes, none of them '.' or '..'")

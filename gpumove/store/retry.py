@@ -51,7 +51,9 @@ _RULES: dict[Kind, _Rule] = {
 
 ABSENT = Fault("missing", "store.not_found")
 TAKEN = Fault("exists", "store.exists")
-STALLED = Fault("transient", "store.timeout", "the store did not answer in time; check the network, or raise deadline_s")
+STALLED = Fault(
+    "transient", "store.timeout", "the store did not answer in time; check the network, or raise deadline_s"
+)
 FLAKY = Fault("transient", "store.unavailable", "check that the store is up and can be reached from this node")
 DAMAGED = Fault("corrupt", "integrity.transfer", "bytes are damaged on the way to or from the store, or at rest there")
 SLOW_DOWN = Fault("throttled", "store.throttled", "the store asks for fewer requests; lower concurrency or its load")
@@ -168,7 +170,7 @@ def retrying(
     attempt: Callable[[float], T],
     *,
     judged: Callable[[Exception], Fault],
-    deadline_s: Callable[[], float],
+    deadline_s: float,
     budget_s: float,
     limiter: Limiter,
     clock: Clock,
@@ -183,7 +185,7 @@ def retrying(
         left_s = budget_s - (clock.now() - start)
         try:
             with limiter.slot(left_s):
-                result = attempt(max(0.01, min(deadline_s(), left_s)))
+                result = attempt(max(0.01, min(deadline_s, left_s)))
             limiter.answered()
             return result
         except GpumoveError:

@@ -1,0 +1,1 @@
+"""The test suites of gpumove, and the real servers they run against."""
