@@ -117,8 +117,8 @@ def commit(log: Log, order: Order, parts: Sequence[PartRef]) -> Checkpoint:
     manifest = encode(
         Manifest(
             format=FORMAT, run=log.run, step=order.step, epoch=epoch, attempt=order.attempt,
-            world_size=len(order.plans), time=time.time(), state_bytes=order.state_bytes, new_bytes=new_bytes, plan=plan, parts=tuple(parts),
-            fingerprint=dict(order.fingerprint), trace=tuple(order.trace),
+            world_size=len(order.plans), time=time.time(), state_bytes=order.state_bytes, new_bytes=new_bytes,
+            plan=plan, parts=tuple(parts), fingerprint=dict(order.fingerprint), trace=tuple(order.trace),
         )
     )  # fmt: skip
     name = digest(manifest)

@@ -1,4 +1,4 @@
-"""What the job runs on, as plain values for manifests and for ``gpumove doctor``. Never secrets or variables at large."""
+"""What the job runs on, as plain values for manifests and for ``gpumove doctor``. Never any secret."""
 
 from __future__ import annotations
 

@@ -250,7 +250,10 @@ def _place(need: _Need, data: memoryview) -> None:
     chunk = need.ref.chunk
     if not len(data):
         return
-    source = torch.frombuffer(data, dtype=torch.uint8).view(need.dtype).view(chunk.shape)
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+    if flat.data_ptr() % need.dtype.itemsize:
+        flat = flat.clone()  # vector instructions fault on what is not aligned
+    source = flat.view(need.dtype).view(chunk.shape)
     for local, box, part in need.uses:
         local[_within(part, box.offset)].copy_(source[_within(part, chunk.offset)])
 

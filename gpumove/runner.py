@@ -134,7 +134,8 @@ class Runner:
             self.mutable.update(names)
             raise ConfigError(
                 f"{', '.join(names[:5])}{' and more' if len(names) > 5 else ''} changed outside of an optimizer step "
-                "while being copied. From now on gpumove copies them before step() returns; overlap=False does so for all",
+                "while being copied. From now on gpumove copies them before step() returns; "
+                "overlap=False does so for all",
                 code=error.code,
             ) from error
 

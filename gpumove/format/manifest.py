@@ -6,12 +6,14 @@ that cannot be read is an IntegrityError that names the object; one of a newer f
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from gpumove.errors import ConfigError, IntegrityError
+from gpumove.format.codec import digest
 
 FORMAT = 1
 INLINE_BYTES = 64
@@ -166,6 +168,29 @@ class Collect(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="gc"):
 LogEntry = Claim | Checkpoint | Note | Pin | Collect
 
 R = TypeVar("R")
+
+
+_CHECK = re.compile(rb',"check":"([0-9a-f]{32})"}\Z')
+
+
+def encode_checked(record: Record) -> bytes:
+    """The stored bytes of a record that no digest names: its last field, ``check``, is the digest of what is before."""
+    body = encode(record)[:-1]
+    return body + b',"check":"' + digest(body).encode() + b'"}'
+
+
+def decode_checked(kind: type[R], data: bytes, *, key: str) -> R:
+    """Rebuild a record that carries its own ``check``.
+
+    Raises:
+        ConfigError: it was written by a newer format.
+        IntegrityError: it is damaged.
+    """
+    record = decode(kind, data, key=key)
+    found = _CHECK.search(data)
+    if found is None or digest(data[: found.start()]).encode() != found[1]:
+        raise IntegrityError(f"{key} is damaged: its check does not fit its bytes", code="integrity.record")
+    return record
 
 
 class _Probe(Struct):

@@ -111,8 +111,8 @@ class Scrubber:
             text = text.replace(secret, "***")
         for shape in _SHAPES:
             text = shape.sub("***", text)
-        text = " ".join(text.split())
-        return text if len(text) <= 400 else text[:400] + "..."
+        text = " ".join(text.split()).partition(" Content: <")[0]  # Azure's texts say it all twice, then in XML
+        return text if len(text) <= 300 else text[:300] + "..."
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from gpumove.config import Config
 from gpumove.errors import ConfigError
 from gpumove.store import retry
 from gpumove.store.address import Address
@@ -150,7 +149,10 @@ class GenericBackend(Backend):
     def __init__(self, address: Address, options: Mapping[str, Any]) -> None:
         import fsspec
 
-        kind = fsspec.get_filesystem_class(address.url.partition("://")[0])
+        scheme = address.url.partition("://")[0]
+        if scheme not in fsspec.available_protocols():
+            raise ConfigError(f"no store is known by the scheme {scheme}://; see docs/store.md for those that are")
+        kind = fsspec.get_filesystem_class(scheme)
         given = {**kind._get_kwargs_from_urls(address.raw), **options}
         self._fs = kind(**{"skip_instance_cache": True, "use_listings_cache": False, **given})
         self._root = str(kind._strip_protocol(address.raw)).rstrip("/")
@@ -245,32 +247,3 @@ def _mtime(info: Mapping[str, Any]) -> float | None:
         if isinstance(value, (int, float)):
             return float(value)
     return None
-
-
-def connect(address: Address, config: Config, options: Mapping[str, Any]) -> Backend:
-    """The back end of an address, on a file system instance of our own.
-
-    Raises:
-        ConfigError: no such scheme, or its package is not installed; the message names the extra to install.
-    """
-    from gpumove.store import clouds, files
-
-    extra = {"s3": "s3", "gcs": "gcs", "azure": "azure"}.get(address.family)
-    scheme = address.url.partition("://")[0]
-    try:
-        if address.family == "memory":
-            return MemoryBackend(address)
-        if address.family == "file":
-            return files.FileBackend(address)
-        if address.family == "generic":
-            return GenericBackend(address, options)
-        return clouds.BACKENDS[address.family](address, config, options)
-    except ImportError as error:
-        package = f"pip install 'gpumove[{extra}]'" if extra else f"install what fsspec needs for it ({error.name})"
-        raise ConfigError(f"{scheme}:// needs a package that is not installed: {package}") from None
-    except ValueError:
-        if extra:
-            raise
-        raise ConfigError(
-            f"no store is known by the scheme {scheme}://; see docs/store.md for those that are"
-        ) from None

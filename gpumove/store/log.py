@@ -16,7 +16,18 @@ import msgspec
 
 from gpumove.errors import ConfigError, FencedError, IntegrityError, ObjectNotFoundError, StoreError
 from gpumove.format import keys
-from gpumove.format.manifest import FORMAT, Checkpoint, Claim, Collect, LogEntry, Note, Pin, Run, decode, encode
+from gpumove.format.manifest import (
+    FORMAT,
+    Checkpoint,
+    Claim,
+    Collect,
+    LogEntry,
+    Note,
+    Pin,
+    Run,
+    decode_checked,
+    encode_checked,
+)
 from gpumove.store.objects import Store
 
 _BATCH = 32
@@ -94,9 +105,9 @@ class Log:
         if create and self.store.exists(keys.FORMAT_KEY) is None:
             self.store.probe_create()
             fresh = Run(format=FORMAT, name="gpumove", run=uuid.uuid4().hex)
-            self.store.create(keys.FORMAT_KEY, encode(fresh))  # another's is as good: it is read back below
+            self.store.create(keys.FORMAT_KEY, encode_checked(fresh))  # another's is as good: it is read back below
         try:
-            found = decode(Run, self.store.get(keys.FORMAT_KEY), key=keys.FORMAT_KEY)
+            found = decode_checked(Run, self.store.get(keys.FORMAT_KEY), key=keys.FORMAT_KEY)
         except ObjectNotFoundError:
             return ""
         if found.name != "gpumove":
@@ -137,11 +148,19 @@ class Log:
     def _entry(self, number: int, present: set[int]) -> LogEntry | None:
         """One entry; None if it is not there, asked for by its key since a listing is no snapshot."""
         try:
-            return decode(LogEntry, self.store.get(keys.entry_key(number)), key=keys.entry_key(number))  # type: ignore[arg-type]
+            return self._decoded(keys.entry_key(number))
         except ObjectNotFoundError:
             if number in present and number == max(present):
                 raise
             return None
+
+    def _decoded(self, key: str) -> LogEntry:
+        entry: LogEntry = decode_checked(LogEntry, self.store.get(key), key=f"{self.store.url}/{key}")  # type: ignore[arg-type]
+        if keys.entry_key(entry.number) != key:
+            raise IntegrityError(
+                f"{self.store.url}/{key} says that it is number {entry.number}: it was copied or renamed"
+            )
+        return entry
 
     def append(self, make: Callable[[View, int], LogEntry]) -> LogEntry:
         """Create the next entry.
@@ -157,7 +176,7 @@ class Log:
             entry = make(self.view, number)
             if entry.number != number:
                 raise ConfigError(f"an entry for number {number} was built with number {entry.number}")
-            if not self.store.create(keys.entry_key(number), encode(entry)):
+            if not self.store.create(keys.entry_key(number), encode_checked(entry)):
                 self._follow(number)
             elif self._is_live(number):
                 self.view = self.view.extended(entry)
@@ -182,8 +201,7 @@ class Log:
     def _follow(self, number: int) -> None:
         """Take in an entry of somebody else's."""
         key = keys.entry_key(number)
-        other: LogEntry = decode(LogEntry, self.store.get(key), key=key)  # type: ignore[arg-type]
-        self.view = self.view.extended(other)
+        self.view = self.view.extended(self._decoded(key))
         self.check_owner()
 
     def follow(self) -> None:

@@ -17,8 +17,9 @@ from typing import Any, NoReturn, TypeVar
 
 from gpumove.config import Config
 from gpumove.errors import ConfigError, GpumoveError, IntegrityError, ObjectNotFoundError, StoreError
-from gpumove.store import address, backends, retry
+from gpumove.store import address, retry
 from gpumove.store.backends import Backend, Buffer, ObjectInfo
+from gpumove.store.connect import connect
 
 __all__ = ["Buffer", "ObjectInfo", "Store"]
 
@@ -46,7 +47,7 @@ class Store:
         self,
         url: str,
         config: Config,
-        connect: Callable[[], Backend],
+        back_end: Callable[[], Backend],
         *,
         scrub: Callable[[str], str] = str,
         clock: retry.Clock | None = None,
@@ -54,7 +55,7 @@ class Store:
         self.url = url
         """Normalised, without any secret: safe to log."""
         self._config = config
-        self._connect = connect
+        self._back_end = back_end
         self._scrub = scrub
         self._clock = clock or retry.Clock()
         self._closed = False
@@ -83,16 +84,21 @@ class Store:
         place, given = address.parse(url), dict(options or {})
         scrub = address.Scrubber(place.raw, given)
 
-        def connect() -> Backend:
+        def back_end() -> Backend:
             try:
-                return backends.connect(place, config, given)
-            except ConfigError:
+                return connect(place, config, given)
+            except GpumoveError:
                 raise
+            except TimeoutError:
+                raise StoreError(
+                    f"{place.url} could not be opened: looking for credentials took over {config.deadline_s:.0f} s",
+                    code=retry.STALLED.code,
+                ) from None
             except Exception as error:  # noqa: BLE001 - constructors of file systems raise what they like
                 text = scrub(f"{type(error).__name__}: {error}")
                 raise ConfigError(f"{place.url} cannot be opened with these storage options ({text})") from None
 
-        return cls(place.url, config, connect, scrub=scrub, clock=clock)
+        return cls(place.url, config, back_end, scrub=scrub, clock=clock)
 
     def put(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         """Write a whole object under a name that is only ever given to these bytes; durable and checked on return.
@@ -288,7 +294,7 @@ class Store:
     def _start(self, parent: _Live | None) -> _Live:
         most = self._config.concurrency
         pool = ThreadPoolExecutor(most, thread_name_prefix="gpumove-store")
-        return _Live(os.getpid(), self._connect(), retry.Limiter(most, self._clock), pool, parent)
+        return _Live(os.getpid(), self._back_end(), retry.Limiter(most, self._clock), pool, parent)
 
     def _now(self) -> _Live:
         """The live parts, made anew in a forked child, whose parent's threads and locks are gone."""
