@@ -100,8 +100,9 @@ def save_trial(spec: dict[str, Any]) -> dict[str, Any]:
     for number in range(spec["saves"]):
         last = number + 1 == spec["saves"]
         rows.append(_one_save(training, peer, place, bare_peak=bare.peak, with_digest=last))
+        reset_peak()
         training.rest(_IDLE_STEPS)
-        rows[-1]["kept_bytes"] = memory().now - bare.now
+        rows[-1]["kept_bytes"] = memory().peak - bare.peak
         peer.forget()
     peer.close()
     step_s = median(training.idle)

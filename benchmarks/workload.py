@@ -44,6 +44,13 @@ class Decoder(nn.Module):
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
+        # As GPT-2 does it. With torch's defaults the tied output is so sure of itself that gradients vanish, and state
+        # that does not change makes every checkpointer look good.
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
@@ -65,7 +72,7 @@ def decoder(size_mb: float, *, layers: int = 12) -> Decoder:
 
 @dataclass
 class StepTimes:
-    """One training step, in seconds. ``wait_s`` is what the optimizer step waited for whoever saves."""
+    """One training step, in seconds. ``wait_s`` is what it waited for whoever saves."""
 
     compute_s: float = 0.0
     wait_s: float = 0.0
@@ -110,9 +117,9 @@ class Job:
         """One step: forward, backward, optimizer, zero_grad."""
         began = perf_counter()
         vocabulary = self.model.tokens.num_embeddings
-        tokens = torch.randint(0, vocabulary, (1, self.tokens))
-        logits = self.model(tokens)
-        loss = F.cross_entropy(logits.view(-1, vocabulary), tokens.view(-1))
+        tokens = torch.randint(0, vocabulary, (1, self.tokens + 1))
+        logits = self.model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.view(-1, vocabulary), tokens[:, 1:].reshape(-1))
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -3,7 +3,7 @@
     python -m examples.train_gpt --url runs/gpt --out losses.jsonl
     torchrun --nproc-per-node 2 -m examples.train_gpt --url runs/gpt --ddp      (or --fsdp)
 
-The lines that gpumove needs are marked. All the rest is an ordinary training script.
+The five places that gpumove needs are numbered. All the rest is an ordinary training script.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Text(torch.utils.data.Dataset[Tensor]):
         return (len(self.bytes) - 1) // self.context
 
     def __getitem__(self, index: int) -> Tensor:
-        """One byte more than the context: the targets are the inputs, moved by one."""
+        # One byte more than the context: the targets are the inputs, moved by one.
         return self.bytes[index * self.context :][: self.context + 1].long()
 
 
@@ -85,11 +85,25 @@ class GPT(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
 
 
+def make_optimizer(model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW, with weight decay for matrices only; warm-up, then a cosine down to a tenth."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95))
+    warm_up = max(1, steps // 20)
+
+    def factor(done: int) -> float:
+        return min((done + 1) / warm_up, 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done / steps))))
+
+    return optimizer, LambdaLR(optimizer, factor)
+
+
 class Record:
     """One JSON line per event, on rank 0. Line-buffered: what a killed process has said stays said."""
 
     def __init__(self, path: str | None, rank: int) -> None:
-        self._file = open(path, "a", buffering=1) if path and rank == 0 else None  # noqa: SIM115 - lives as long as we do
+        self._file = open(path, "a", buffering=1) if path and rank == 0 else None  # noqa: SIM115 - open until the end
         self._told: gpumove.SaveHandle | None = None
 
     def write(self, **what: Any) -> None:
@@ -103,26 +117,8 @@ class Record:
             self.write(saved=save.step, committed=save.committed, **asdict(save.stats))
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", required=True, help="where the checkpoints lie: a folder, s3://, gs:// or abfs://")
-    parser.add_argument("--out", metavar="FILE", help="append one JSON line per step and save")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--every-steps", type=int, default=25, help="steps between saves")
-    parser.add_argument("--batch", type=int, default=8, help="windows per rank")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ddp", action="store_true", help="under torchrun: DistributedDataParallel")
-    parser.add_argument("--fsdp", action="store_true", help="under torchrun: FSDP2 (fully_shard)")
-    return parser.parse_args()
-
-
 def set_up(args: argparse.Namespace) -> tuple[torch.device, int]:
-    """Process group, device and determinism. Equal losses, bit for bit, need equal numbers of threads."""
+    """Determinism, device and process group. Losses are equal in every bit only with equal numbers of threads."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(args.threads)
@@ -132,69 +128,67 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, int]:
         torch.cuda.set_device(device)
     if args.ddp or args.fsdp:
         dist.init_process_group()
-        return device, dist.get_rank()
-    return device, 0
+    return device, dist.get_rank() if dist.is_initialized() else 0
 
 
-def build(args: argparse.Namespace, device: torch.device, rank: int) -> nn.Module:
-    torch.manual_seed(args.seed)  # the same initial weights on every rank
+def make_model(args: argparse.Namespace, device: torch.device, rank: int) -> nn.Module:
+    torch.manual_seed(args.seed)  # the same first weights on every rank
     model: nn.Module = GPT(context=args.context, layers=args.layers, width=args.width).to(device)
     if args.fsdp:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        for part in [*model.blocks, model]:
+            fully_shard(part, mesh=mesh)
     elif args.ddp:
         model = DistributedDataParallel(model)
-    torch.manual_seed(args.seed + 1 + rank)  # and from here on other dropout masks
+    torch.manual_seed(args.seed + 1 + rank)  # and different dropout masks
     return model
 
 
-def main() -> None:
-    args = parse()
+def train(args: argparse.Namespace) -> None:
     device, rank = set_up(args)
-    model = build(args, device, rank)
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95))
-    warm_up = max(1, args.steps // 20)
-    scheduler = LambdaLR(
-        optimizer,
-        lambda done: min((done + 1) / warm_up, 0.1 + 0.45 * (1 + math.cos(math.pi * min(1, done / args.steps)))),
-    )
-    loader = gpumove.ElasticLoader(Text(args.context), args.batch, shuffle=True, seed=args.seed)  # gpumove 1: the data
+    model = make_model(args, device, rank)
+    optimizer, scheduler = make_optimizer(model, args.steps)
+    # 1. A loader that knows its position. 2. Everything that makes up the job, the model as it is after wrapping.
+    loader = gpumove.ElasticLoader(Text(args.context), args.batch, shuffle=True, seed=args.seed)
     record = Record(args.out, rank)
-
-    with gpumove.Checkpointer(  # gpumove 2: all that makes up the job, after the model was wrapped
+    with gpumove.Checkpointer(
         args.url, model=model, optimizer=optimizer, scheduler=scheduler, loader=loader, every_steps=args.every_steps
     ) as ckpt:
-        step = ckpt.restore()  # gpumove 3: 0 for a new run
+        step = ckpt.restore()  # 3. Go on from the newest checkpoint; 0 in a new run.
         record.write(resumed=step)
         batches = chain.from_iterable(repeat(loader))  # pass after pass, without end
         while step < args.steps:
-            start, total = loader.position, torch.zeros((), device=device)
+            start, loss = loader.position, torch.zeros((), device=device)
             for _ in range(args.accumulate):
-                loss = model(next(batches).to(device)) / args.accumulate
-                loss.backward()
-                total += loss.detach()
+                part = model(next(batches).to(device)) / args.accumulate
+                part.backward()
+                loss += part.detach()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             step += 1
             if dist.is_initialized():
-                dist.all_reduce(total, dist.ReduceOp.SUM)
-                total /= dist.get_world_size()
+                dist.all_reduce(loss)
+                loss /= dist.get_world_size()
             samples = blake2b(loader.indices(start, loader.position).tobytes(), digest_size=8).hexdigest()
-            record.write(step=step, loss=total.item().hex(), samples=samples)  # hex: every bit of it
+            record.write(step=step, loss=loss.item().hex(), samples=samples)  # hex: every bit of the number
             record.save(ckpt.last)
-            if ckpt.step(step, loss=total):  # gpumove 4: the step is complete; saves if due
+            if ckpt.step(step, loss=loss):  # 4. The step is complete. Saves beside the training, when it is due.
                 break
-        ckpt.save(step, pinned=True).wait()  # gpumove 5: the end result, kept for good
+        ckpt.save(step, pinned=True).wait()  # 5. The end result: wait for it, and keep it for good.
         record.save(ckpt.last)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", required=True, help="where the checkpoints lie: a folder, s3://, gs:// or abfs://")
+    parser.add_argument("--out", metavar="FILE", help="append one JSON line per step and per save")
+    parser.add_argument("--ddp", action="store_true", help="under torchrun: DistributedDataParallel")
+    parser.add_argument("--fsdp", action="store_true", help="under torchrun: FSDP2")
+    sizes = {"steps": 600, "every-steps": 25, "batch": 8, "accumulate": 1, "context": 128, "layers": 4, "width": 128}
+    for name, default in {**sizes, "threads": 2, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    train(parser.parse_args())

@@ -191,7 +191,10 @@ class Checkpointer:
         """On rank 0. An error is part of the answer, so that no rank waits for one that will not come."""
         try:
             run = self._log.open(create=True)
-            found = [c for c in reversed(self._log.read().checkpoints) if c.number not in self._log.view.damaged]
+            view = self._log.read()
+            for broken in view.broken:
+                _log.warning("log entry %d cannot be read and is skipped: %s", broken.number, broken.error)
+            found = [c for c in reversed(view.checkpoints) if c.number not in view.damaged]
             if step is not None:
                 found = [c for c in found if c.step == step][:1]
                 if not found:
@@ -201,10 +204,11 @@ class Checkpointer:
             return _Claimed(error=describe(error))
 
     def _load(self, checkpoint: Checkpoint, *, strict: bool) -> None:
-        contents = read_contents(self._store, checkpoint, rank=self._peers.rank, config=self.config)
+        rank, stream = self._peers.rank, self._job.stream()
+        contents = read_contents(self._store, checkpoint, rank=rank, config=self.config, stream=stream)
         targets = self._job.match(contents.saved, world_size=self._peers.world_size, strict=strict)
         fill(self._store, contents, targets, config=self.config)
-        self._job.load(contents.saved, targets, rank=self._peers.rank)
+        self._job.load(contents.saved, targets)
         self._runner.take_predecessor(contents.predecessor())
 
     # ---------------------------------------------------------------- save

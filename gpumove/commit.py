@@ -22,6 +22,7 @@ from gpumove.format.manifest import FORMAT, Checkpoint, LogEntry, Manifest, Part
 from gpumove.store.log import Log, View
 
 _POLL_S = (0.02, 1.0)
+_CHANCE = random.SystemRandom()  # python's global generator belongs to the training job, and is in its checkpoints
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def wait_for_parts(log: Log, order: Order, *, timeout_s: float, cancelled: threa
                     "checkpoint stands; look at those ranks' logs",
                     code="store.missing_parts",
                 )
-            time.sleep(pause * random.uniform(0.5, 1.0))
+            time.sleep(pause * _CHANCE.uniform(0.5, 1.0))
             pause = min(2 * pause, _POLL_S[1])
             continue
         return [found[rank] for rank in sorted(found)]
@@ -156,5 +157,5 @@ def wait_for_commit(log: Log, attempt: str, *, timeout_s: float) -> Checkpoint:
             raise _failure(log, {0: keys.failed_key(attempt, 0)})
         if time.monotonic() > deadline:
             raise StoreError(f"rank 0 did not commit the attempt {attempt} in {timeout_s:.0f} s", code="store.peers")
-        time.sleep(pause * random.uniform(0.5, 1.0))
+        time.sleep(pause * _CHANCE.uniform(0.5, 1.0))
         pause = min(2 * pause, _POLL_S[1])

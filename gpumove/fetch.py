@@ -144,25 +144,16 @@ def fetch(store: Store, wanted: Sequence[Wanted], *, config: Config) -> int:
         if want.ref.chunk.inline is not None:
             want.use(inline_data(want.name, want.ref.chunk, want.nbytes))
     todo = spans(w for w in wanted if w.ref.chunk.inline is None)
-    buffers, stop = Buffers(), threading.Event()
+    buffers = Buffers()
     widest = max((s.stop - s.start + max(w.nbytes for w in s.wanted) for s in todo), default=1)
     threads = max(1, min(config.concurrency, config.budget_bytes // widest, len(todo)))
 
     def work(span: Span) -> int:
-        if stop.is_set():
-            return 0
-        try:
-            _take(store, span, buffers)
-        except BaseException:
-            stop.set()
-            raise
+        _take(store, span, buffers)
         return span.stop - span.start
 
     with ThreadPoolExecutor(threads, thread_name_prefix="gpumove-get") as pool:
-        try:
-            return sum(pool.map(work, todo))
-        finally:
-            stop.set()  # an interrupt must not wait for what is still queued
+        return sum(pool.map(work, todo))  # map() takes back what is still queued if one fails
 
 
 def read_span(store: Store, key: str, start: int, stop: int, *, buffers: Buffers) -> memoryview:

@@ -63,7 +63,7 @@ def load(
         job = Job(model=model, optimizer=optimizer, objects=objects)
         targets = job.match(contents.saved, world_size=contents.saved.world_size, strict=False)
         fill(store, contents, targets, config=config)
-        job.load(contents.saved, targets, rank=rank)
+        job.load(contents.saved, targets)
     finally:
         store.close()
     return found.step

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from gpumove.config import Config
@@ -22,7 +23,7 @@ from gpumove.format.codec import check_digest, decode
 from gpumove.format.manifest import Checkpoint, Manifest, Part, TensorEntry
 from gpumove.save import ChunkKey
 from gpumove.state.capture import Saved, Targets
-from gpumove.state.members import Meta
+from gpumove.state.members import Meta, RngMember
 from gpumove.state.plan import Box, intersect, local_box, local_tensor
 from gpumove.store.objects import Store
 from gpumove.store.records import Ref, read_manifest, read_parts
@@ -74,7 +75,9 @@ class Contents:
         return table
 
 
-def read_contents(store: Store, checkpoint: Checkpoint, *, rank: int, config: Config) -> Contents:
+def read_contents(
+    store: Store, checkpoint: Checkpoint, *, rank: int, config: Config, stream: int | None = None
+) -> Contents:
     """Read and verify the manifest and parts of a checkpoint.
 
     Args:
@@ -82,6 +85,7 @@ def read_contents(store: Store, checkpoint: Checkpoint, *, rank: int, config: Co
         checkpoint: its log entry.
         rank: whose values and local tensors to take: this rank's if the checkpoint has it, else rank 0's.
         config: bounds.
+        stream: which random stream this rank goes on with; by default the one that its part has.
 
     Raises:
         IntegrityError: a record is missing or damaged.
@@ -92,7 +96,13 @@ def read_contents(store: Store, checkpoint: Checkpoint, *, rank: int, config: Co
     if sorted(by_rank) != list(range(manifest.world_size)):
         raise IntegrityError(f"{store.url}/{checkpoint.manifest_key} lists the parts of ranks {sorted(by_rank)}")
     mine = by_rank.get(rank, by_rank[0])
-    local = {**{e.fqn: (e, by_rank[0]) for e in by_rank[0].local}, **{e.fqn: (e, mine) for e in mine.local}}
+    local = {e.fqn: (e, part) for part in (by_rank[0], mine) for e in part.local}
+    values = {**by_rank[0].values, **mine.values}
+    rng = RngMember.name
+    if stream is not None and rng in values:
+        twin = _twin(stream, [mine, *parts], by_rank[0])
+        values[rng] = twin.values[rng]
+        local |= {e.fqn: (e, twin) for e in twin.local if e.fqn.startswith(f"{rng}.")}
     tensors: dict[str, list[Ref]] = defaultdict(list)
     metas: dict[str, Meta] = {}
     for part in parts:
@@ -102,10 +112,15 @@ def read_contents(store: Store, checkpoint: Checkpoint, *, rank: int, config: Co
     saved = Saved(
         tensors=metas,
         local={fqn: Meta(entry.dtype, entry.shape) for fqn, (entry, _) in local.items()},
-        values={**by_rank[0].values, **mine.values},
+        values=values,
         world_size=manifest.world_size,
     )
     return Contents(manifest, saved, tensors, {fqn: _refs(e, p) for fqn, (e, p) in local.items()})
+
+
+def _twin(stream: int, parts: Sequence[Part], otherwise: Part) -> Part:
+    """The first part whose rank drew from this random stream."""
+    return next((p for p in parts if p.values[RngMember.name]["stream"] == stream), otherwise)
 
 
 def _refs(entry: TensorEntry, part: Part) -> list[Ref]:
@@ -211,6 +226,9 @@ def _take(store: Store, span: _Range, buffers: _Buffers) -> None:
     except ObjectNotFoundError as error:
         raise IntegrityError(f"{where} is missing, and a committed checkpoint needs it") from error
     got = memoryview(got)
+    if got.readonly:  # torch makes tensors of writable memory only; the copy is quicker than the hash that follows
+        np.copyto(np.frombuffer(out, np.uint8), np.frombuffer(got, np.uint8))
+        got = out
     with torch.no_grad():
         for need in span.needs:
             chunk = need.ref.chunk

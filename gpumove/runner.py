@@ -94,8 +94,10 @@ class Runner:
             self._save(staged, request)
             handle.finish()
         except BaseException as error:  # noqa: BLE001 - kept in the handle, raised once in the training thread
-            say_failure(self._log_book.store, request, error)
-            handle.finish(error)
+            try:
+                say_failure(self._log_book.store, request, error)
+            finally:
+                handle.finish(error)
             return
         if self._rank == 0:
             self._retain()

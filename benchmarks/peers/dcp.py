@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter  # not public in torch 2.13
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from benchmarks.peers.contract import Peer, Wait

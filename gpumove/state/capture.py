@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from gpumove.errors import ConfigError, LayoutError
 from gpumove.state.members import Member, Meta, ModelMember, ObjectMember, RngMember, Tensors
 from gpumove.state.optimizer import OptimizerMember
+from gpumove.state.peers import process_rank
 from gpumove.state.values import dtype_name, tensor_names, unflatten
 
 
@@ -82,7 +84,8 @@ class Job:
         }
         self._world_bound = {"loader"} if loader is not None and not elastic else set()
         # The generators come last: loading another object may draw from them.
-        self._rng = [RngMember()] if rng else []
+        self.stream = partial(_stream, loader)
+        self._rng = [RngMember(self.stream)] if rng else []
         self.members: list[Member] = [
             *models,
             *optimizers,
@@ -162,14 +165,18 @@ class Job:
                         into[fqn] = torch.empty(meta.shape, dtype=getattr(torch, meta.dtype))
         return targets
 
-    def load(self, saved: Saved, targets: Targets, *, rank: int) -> None:
+    def load(self, saved: Saved, targets: Targets) -> None:
         """Hand the values back, after all targets were filled; generators last."""
         found = {**targets.tensors, **targets.local}
-        for generators in self._rng:
-            generators.new_rank = rank if rank >= saved.world_size else None
         for member in self.members:
             if member.name in saved.values:
                 member.load(unflatten(saved.values[member.name], found.__getitem__), found)
+
+
+def _stream(loader: Any) -> int:
+    """Which ranks draw alike: those that read the same samples, if the loader tells; else each is on its own."""
+    reads_as = getattr(loader, "data_rank", None)
+    return process_rank() if reads_as is None else int(reads_as)
 
 
 def _named(kind: str, given: Any) -> dict[str, Any]:

@@ -110,6 +110,11 @@ class ElasticLoader:
         return self._position
 
     @property
+    def data_rank(self) -> int:
+        """Which data-parallel rank this is. Ranks that share it read the same samples, and draw the same dropout."""
+        return self._ranks()[0]
+
+    @property
     def epoch(self) -> int:
         """Epoch of the next sample, from 0: ``position // len(dataset)``."""
         return self._position // self._length

@@ -7,7 +7,7 @@ which of them may change outside ``optimizer.step``.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -204,16 +204,21 @@ def _set_state(target: Any, state: Any) -> None:
 
 
 class RngMember:
-    """Python's, numpy's and torch's global generators of this rank."""
+    """Python's, numpy's and torch's global generators of this rank.
+
+    Ranks of one stream draw alike. Those of one tensor-parallel group must, or their replicas drift apart; others must
+    not.
+    """
 
     name = "rng"
-    new_rank: int | None = None
-    """Set before ``load`` on a rank that the checkpoint does not have."""
+
+    def __init__(self, stream: Callable[[], int]) -> None:
+        self.stream = stream
 
     def live(self) -> Live:
         """The generators' states, each a copy."""
         live = Live()
-        live.own = flatten(self.name, rng.capture(), live.local)
+        live.own = flatten(self.name, {**rng.capture(), "stream": self.stream()}, live.local)
         live.at_once.update(live.local)
         return live
 
@@ -222,8 +227,9 @@ class RngMember:
         return {}
 
     def load(self, values: Any, tensors: Tensors) -> None:
-        """Put the generators back, or derive a new rank's."""
-        if self.new_rank is None:
+        """Put the generators back, or derive those of a stream that the checkpoint does not have."""
+        stream = self.stream()
+        if values["stream"] == stream:
             rng.restore(values)
         else:
-            rng.derive(values, self.new_rank)
+            rng.derive(values, stream)

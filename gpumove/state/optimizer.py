@@ -17,6 +17,9 @@ from gpumove.errors import ConfigError
 from gpumove.state.members import Live, Meta, Tensors, signature
 from gpumove.state.values import dtype_of, flatten
 
+_OURS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
+"""Which kernels run is the live job's choice: a layout or a device may not have those that the saved job used."""
+
 
 class OptimizerMember:
     """A ``torch.optim.Optimizer``: state by parameter name, hyper-parameters by group."""
@@ -125,7 +128,7 @@ class OptimizerMember:
                 self._take_state(p, values["state"].get(self._names[id(p)], {}))
         for group, saved in zip(self.optimizer.param_groups, values["param_groups"]):
             for key, value in saved.items():
-                if key == "params":
+                if key in _OURS and key in group:
                     continue
                 if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
                     group[key].copy_(value)

@@ -33,13 +33,13 @@ def restore(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(device_state, index)
 
 
-def derive(state: dict[str, Any], rank: int) -> None:
-    """Seed this process as a rank that the checkpoint does not have.
+def derive(state: dict[str, Any], stream: int) -> None:
+    """Seed this process for a stream that the checkpoint does not have.
 
-    The seed is a digest of rank 0's torch state and the rank: the same checkpoint always gives the same new ranks, and
-    no two ranks share a stream.
+    The seed is a digest of rank 0's torch state and the stream's number: the same checkpoint always gives the same new
+    streams, and no two of them are alike.
     """
-    seed = int(digest(state["torch"].numpy().tobytes(), rank.to_bytes(8, "little"))[:16], 16)
+    seed = int(digest(state["torch"].numpy().tobytes(), stream.to_bytes(8, "little"))[:16], 16)
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
     torch.manual_seed(seed)  # seeds every CUDA device too

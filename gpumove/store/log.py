@@ -35,6 +35,14 @@ _MAX_CONFLICTS = 1000
 
 
 @dataclass(frozen=True)
+class Broken:
+    """An entry whose bytes cannot be read. What it said is lost; that it was there is not."""
+
+    number: int
+    error: str
+
+
+@dataclass(frozen=True)
 class View:
     """What the live entries of a log say, up to ``head`` (0 for an empty log)."""
 
@@ -46,13 +54,17 @@ class View:
     resumed: int | None = None
     """The entry that the newest epoch went on from, until it has a commit of its own."""
     damaged: frozenset[int] = frozenset()
+    broken: tuple[Broken, ...] = ()
+    """Damaged entries. Each may have been a claim: epochs are counted past them."""
     first: int = 1
     """Number of the first live entry."""
 
-    def extended(self, entry: LogEntry) -> View:
+    def extended(self, entry: LogEntry | Broken) -> View:
         """The view after one more entry."""
         seen = replace(self, head=entry.number)
         match entry:
+            case Broken():
+                return replace(seen, broken=(*self.broken, entry))
             case Claim():
                 return replace(seen, epoch=entry.epoch, writer=entry.writer, host=entry.host, resumed=None)
             case Checkpoint():
@@ -110,6 +122,12 @@ class Log:
             found = decode_checked(Run, self.store.get(keys.FORMAT_KEY), key=keys.FORMAT_KEY)
         except ObjectNotFoundError:
             return ""
+        except IntegrityError as error:
+            raise IntegrityError(
+                f"{self.store.url}/{error}. No checkpoint depends on this object: delete it, and the next restore() "
+                "writes it anew",
+                code=error.code,
+            ) from error
         if found.name != "gpumove":
             raise IntegrityError(f"{self.store.url}/{keys.FORMAT_KEY} is not a gpumove run: use another URL")
         self.run = found.run
@@ -135,7 +153,7 @@ class Log:
         numbers = sorted(n for o in self.store.list("log/") if (n := keys.entry_number(o.key)) is not None)
         if not numbers:
             return View()
-        entries: list[LogEntry] = []
+        entries: list[LogEntry | Broken] = []
         head, present = numbers[-1], set(numbers)
         top = head
         with ThreadPoolExecutor(min(_BATCH, head)) as pool:
@@ -145,7 +163,7 @@ class Log:
                 top = batch[0] - 1
         return _replay(entries, head)
 
-    def _entry(self, number: int, present: set[int]) -> LogEntry | None:
+    def _entry(self, number: int, present: set[int]) -> LogEntry | Broken | None:
         """One entry; None if it is not there, asked for by its key since a listing is no snapshot."""
         try:
             return self._decoded(keys.entry_key(number))
@@ -153,6 +171,8 @@ class Log:
             if number in present and number == max(present):
                 raise
             return None
+        except IntegrityError as error:
+            return Broken(number, str(error))
 
     def _decoded(self, key: str) -> LogEntry:
         entry: LogEntry = decode_checked(LogEntry, self.store.get(key), key=f"{self.store.url}/{key}")  # type: ignore[arg-type]
@@ -230,8 +250,9 @@ class Log:
 
         def make(view: View, number: int) -> Claim:
             return Claim(
-                format=FORMAT, number=number, epoch=view.epoch + 1, writer=self.writer, time=time.time(), host=host
-            )
+                format=FORMAT, number=number, epoch=view.epoch + 1 + len(view.broken), writer=self.writer,
+                time=time.time(), host=host,
+            )  # fmt: skip
 
         entry = self.append(make)
         self.epoch = entry.epoch
@@ -260,7 +281,7 @@ class Log:
         )  # fmt: skip
 
 
-def _replay(entries: Sequence[LogEntry], head: int) -> View:
+def _replay(entries: Sequence[LogEntry | Broken], head: int) -> View:
     """Fold entries into a view, starting at the newest gc entry, and look for holes."""
     start = max((i for i, e in enumerate(entries) if isinstance(e, Collect)), default=0)
     live = entries[start:]

@@ -30,7 +30,8 @@ class Clock(NamedTuple):
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    chance: Callable[[], float] = random.random
+    # Not the global generator: that one belongs to the training job, and is in its checkpoints.
+    chance: Callable[[], float] = random.SystemRandom().random
 
 
 class _Rule(NamedTuple):

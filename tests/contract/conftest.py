@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 
 from gpumove.config import Config
 from gpumove.errors import GpumoveError
+from gpumove.store import retry
 from gpumove.store.objects import Store
 from tests.conftest import StoreAt
 from tests.servers import Bucket, azure, s3
@@ -44,10 +47,15 @@ class Faulty:
     prefix: str
     stack: contextlib.ExitStack
 
-    def open(self, *, direct: bool = False, **settings: float) -> Store:
-        """A store at the place; with ``direct``, past the proxy."""
+    def open(self, *, direct: bool = False, hurry: float = 1.0, **settings: float) -> Store:
+        """A store at the place; with ``direct``, past the proxy; with ``hurry``, so many times shorter pauses."""
         bucket = self.bucket if direct else self.bucket.via(self.proxy.endpoint)
-        opened = Store.open(f"{bucket.url}/{self.prefix}", Config(**settings), options=bucket.options)  # type: ignore[arg-type]
+        opened = Store.open(
+            f"{bucket.url}/{self.prefix}",
+            Config(**settings),  # type: ignore[arg-type]
+            options=bucket.options,
+            clock=retry.Clock(sleep=lambda seconds: time.sleep(seconds / hurry)),
+        )
         self.stack.callback(opened.close)
         return opened
 
@@ -57,6 +65,19 @@ def faulty(bucket: Bucket) -> Iterator[Faulty]:
     """A fresh place on each of the three clouds, and the proxy in front of it."""
     with Proxy(bucket.endpoint) as proxy, contextlib.ExitStack() as stack:
         yield Faulty(proxy, bucket, f"faults-{uuid.uuid4().hex[:8]}", stack)
+
+
+def all_failing(calls: Sequence[Callable[[], object]], within_s: float, kind: type[GpumoveError], *codes: str) -> None:
+    """Run calls at once, all of which have to fail in time."""
+
+    def one(call: Callable[[], object]) -> float:
+        start = time.monotonic()
+        failing(call, kind, *codes)
+        return time.monotonic() - start
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        took_s = list(pool.map(one, calls))
+    assert max(took_s) < within_s, took_s
 
 
 def failing(call: Callable[[], object], kind: type[GpumoveError], *codes: str) -> GpumoveError:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import fsspec
 import pytest
 
 from gpumove.config import Config
@@ -254,50 +253,3 @@ def test_put_of_a_large_object(store: Store) -> None:
     parts = [os.urandom(32 << 20) for _ in range(5)]
     store.put("large", parts)
     assert store.get("large") == b"".join(parts)
-
-
-class TestRefusals:
-    """Places that cannot be used say so at once, in our words, and are left as they are."""
-
-    def test_missing_bucket_is_named_and_not_created(self, bucket: Bucket) -> None:
-        missing = bucket.missing("gpumove-not-there")
-        store = Store.open(f"{missing.url}/run", Config(), options=missing.options)
-        start = time.monotonic()
-        for call in (
-            lambda: store.put("k", b"1"),
-            lambda: store.create("k", b"1"),
-            lambda: store.list(""),
-            store.probe_create,
-        ):
-            failing(call, StoreError, "store.no_bucket")
-        failing(lambda: store.get("k"), StoreError, "store.no_bucket", "store.not_found")
-        assert time.monotonic() - start < 10
-        fs = fsspec.filesystem(missing.url.partition(":")[0], skip_instance_cache=True, **missing.options)
-        assert missing.name not in [name.strip("/") for name in fs.ls("", detail=False)]
-        store.close()
-
-    @pytest.mark.parametrize("kind", ["s3", "abfs"])  # our own GCS server asks for none
-    def test_wrong_credentials(self, kind: str, request: pytest.FixtureRequest) -> None:
-        bucket: Bucket = request.getfixturevalue({"s3": "s3_server", "abfs": "azure_server"}[kind])
-        wrong = {
-            "s3": {"key": "nobody", "secret": "wrong-but-secret"},
-            "abfs": {
-                "connection_string": str(bucket.options.get("connection_string")).replace(
-                    "AccountKey=E", "AccountKey=F"
-                )
-            },
-        }[kind]
-        store = Store.open(f"{bucket.url}/run", Config(), options={**bucket.options, **wrong})
-        start = time.monotonic()
-        for call in (lambda: store.put("k", b"1"), lambda: store.create("k", b"1"), lambda: store.get("k")):
-            error = failing(call, StoreError, "store.denied", "store.credentials")
-            assert "wrong-but-secret" not in str(error)
-            assert "Fby8vdM02xNOcqFlq" not in str(error)
-        assert time.monotonic() - start < 10
-        store.close()
-
-    def test_store_without_create_only_is_refused(self, rclone_server: Bucket) -> None:
-        store = Store.open(f"{rclone_server.url}/run", Config(), options=rclone_server.options)
-        failing(store.probe_create, StoreError, "store.no_create_only")
-        assert store.list("") == []
-        store.close()

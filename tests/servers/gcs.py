@@ -261,6 +261,7 @@ def make_app(directory: Path | None) -> web.Application:
     app[_STATE], app[_UPLOADS] = State(directory), {}
     buckets = "/storage/v1/b"
     objects = buckets + "/{bucket}/o"
+    one = objects + "/{key:[^/]+}"  # quoted slashes do not end it, and braces, which the default excludes, are legal
     for prefix in ("/upload", "/resumable/upload"):
         app.router.add_post(prefix + objects, upload)
         app.router.add_put(prefix + objects, upload)
@@ -269,12 +270,12 @@ def make_app(directory: Path | None) -> web.Application:
     app.router.add_post(buckets, create_bucket)
     app.router.add_get(buckets + "/{bucket}", get_bucket)
     app.router.add_get(objects, list_objects)
-    app.router.add_get(objects + "/{key}", get_object)
-    app.router.add_get("/download" + objects + "/{key}", get_object)
-    app.router.add_patch(objects + "/{key}", patch_object)
-    app.router.add_delete(objects + "/{key}", delete_object)
-    app.router.add_post(objects + "/{key}/{verb:rewriteTo|copyTo}/b/{bucket2}/o/{key2}", copy_object)
-    app.router.add_post(objects + "/{key}/compose", compose_object)
+    app.router.add_get(one, get_object)
+    app.router.add_get("/download" + one, get_object)
+    app.router.add_patch(one, patch_object)
+    app.router.add_delete(one, delete_object)
+    app.router.add_post(one + "/{verb:rewriteTo|copyTo}/b/{bucket2}/o/{key2:[^/]+}", copy_object)
+    app.router.add_post(one + "/compose", compose_object)
     return app
 
 

@@ -65,18 +65,18 @@ def api(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Api]:
 
 
 def test_gcs_conditions(api: Api) -> None:
-    assert api.insert("a b/ü+%", b"1", query="&ifGenerationMatch=0")[0] == 200
-    assert api.insert("a b/ü+%", b"2", query="&ifGenerationMatch=0")[0] == 412
-    first = api.resource("a b/ü+%")["generation"]
-    assert api.insert("a b/ü+%", b"3", query=f"&ifGenerationMatch={first}")[0] == 200
-    second = api.resource("a b/ü+%")["generation"]
+    assert api.insert("a b/ü+%{}", b"1", query="&ifGenerationMatch=0")[0] == 200
+    assert api.insert("a b/ü+%{}", b"2", query="&ifGenerationMatch=0")[0] == 412
+    first = api.resource("a b/ü+%{}")["generation"]
+    assert api.insert("a b/ü+%{}", b"3", query=f"&ifGenerationMatch={first}")[0] == 200
+    second = api.resource("a b/ü+%{}")["generation"]
     assert int(second) > int(first)
-    assert api.insert("a b/ü+%", b"4", query=f"&ifGenerationNotMatch={second}")[0] == 412
-    assert api.call("DELETE", api.at("a b/ü+%", f"?ifGenerationMatch={first}"))[0] == 412
-    assert api.call("GET", api.at("a b/ü+%", f"?alt=media&generation={first}"))[0] == 404
-    assert api.call("GET", api.at("a b/ü+%", "?alt=media"))[2] == b"3"
-    assert api.call("DELETE", api.at("a b/ü+%", f"?ifGenerationMatch={second}"))[0] == 204
-    assert api.call("DELETE", api.at("a b/ü+%"))[0] == 404
+    assert api.insert("a b/ü+%{}", b"4", query=f"&ifGenerationNotMatch={second}")[0] == 412
+    assert api.call("DELETE", api.at("a b/ü+%{}", f"?ifGenerationMatch={first}"))[0] == 412
+    assert api.call("GET", api.at("a b/ü+%{}", f"?alt=media&generation={first}"))[0] == 404
+    assert api.call("GET", api.at("a b/ü+%{}", "?alt=media"))[2] == b"3"
+    assert api.call("DELETE", api.at("a b/ü+%{}", f"?ifGenerationMatch={second}"))[0] == 204
+    assert api.call("DELETE", api.at("a b/ü+%{}"))[0] == 404
 
 
 def test_gcs_checksums(api: Api) -> None:

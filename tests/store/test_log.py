@@ -70,7 +70,7 @@ def test_a_claim_fences_the_older_owner(store: Store) -> None:
     commit(old, 1, 1)
     new.claim()
     assert new.epoch == 2
-    with pytest.raises(FencedError, match="owned epoch 1, .* claimed epoch 2 .* step 1"):
+    with pytest.raises(FencedError, match=r"owned epoch 1, .* claimed epoch 2 .* step 1"):
         commit(old, 2, 2)
     commit(new, 2, 1)
     assert [c.step for c in new_log(store).view.checkpoints] == [1, 2]
@@ -164,21 +164,41 @@ def test_a_hole_is_named(store: Store) -> None:
     assert caught.value.code == "integrity.log_hole"
 
 
-def test_a_damaged_or_renamed_entry_is_named(store: Store) -> None:
+def test_a_damaged_or_renamed_entry_is_named_and_skipped(store: Store) -> None:
     log = new_log(store)
     log.claim()
     commit(log, 1, 1)
-    good = store.get(keys.entry_key(2))
-    for bad in (good.replace(b'"step":1', b'"step":7'), good[:-4], store.get(keys.entry_key(1))):
-        store.put(keys.entry_key(2), bad)
-        with pytest.raises(IntegrityError, match=keys.entry_key(2)):
-            new_log(store)
+    commit(log, 2, 2)
+    good = store.get(keys.entry_key(3))
+    for bad in (good.replace(b'"step":2', b'"step":7'), good[:-4], store.get(keys.entry_key(1))):
+        store.put(keys.entry_key(3), bad)
+        view = new_log(store).view
+        assert [c.step for c in view.checkpoints] == [1]
+        assert [b.number for b in view.broken] == [3]
+        assert keys.entry_key(3) in view.broken[0].error
+
+
+def test_a_damaged_claim_still_fences_and_its_epoch_is_not_given_twice(store: Store) -> None:
+    old, hidden, new = new_log(store), new_log(store), new_log(store)
+    old.claim()
+    hidden.claim()
+    store.put(keys.entry_key(2), b"rubbish")
+    new.read()
+    new.claim()
+    assert (hidden.epoch, new.epoch) == (2, 3)
+    with pytest.raises(FencedError):
+        commit(hidden, 1, 1)
+    with pytest.raises(IntegrityError, match=keys.entry_key(2)):
+        commit(old, 1, 1)
+    commit(new, 1, 1)
 
 
 def test_a_foreign_or_damaged_format_is_refused(store: Store) -> None:
     store.put("format.json", b'{"format":1,"name":"other","run":"x","check":"00"}')
-    with pytest.raises(IntegrityError, match=r"format\.json"):
+    with pytest.raises(IntegrityError, match=r"format\.json.*delete it"):
         Log(store).open(create=True)
+    store.delete(["format.json"])
+    assert Log(store).open(create=True)
     store.put("format.json", b'{"format":9,"name":"gpumove"}')
     with pytest.raises(ConfigError, match="upgrade gpumove"):
         Log(store).open(create=True)

@@ -310,7 +310,7 @@ def test_a_process_killed_while_it_writes_leaves_no_partial_object(tmp_path: Pat
 
 
 def test_transient_failures_are_retried_with_growing_waits_until_the_bound() -> None:
-    store, backend, ticking = failing("put", [ConnectionResetError("reset")] * 5)
+    store, _, ticking = failing("put", [ConnectionResetError("reset")] * 5)
     store.put("a", b"1")
     assert ticking.slept == [0.25, 0.5, 1.0, 2.0, 4.0]
     store, _, ticking = failing("put", [ConnectionResetError("reset")] * 100)

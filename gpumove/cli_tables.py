@@ -1,0 +1,271 @@
+"""How the command line shows things: tables and colours for people at a terminal, plain text and JSON for everything else.
+
+It knows what to show, never where it comes from. Besides ``cli.py`` it is the only place that prints.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from gpumove.doctor import Check
+from gpumove.errors import GpumoveError
+from gpumove.export import ExportReport
+from gpumove.format.manifest import Checkpoint
+from gpumove.inspection import VerifyReport
+from gpumove.store.gc import Plan
+from gpumove.summary import Detail, Overview, Row, TensorRow
+
+Cell = str | tuple[str, str]
+"""Text, or text and its style."""
+
+_MANY = 12
+_STATUS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "bold red")}
+
+
+class Screen:
+    """Where a verb's answer goes: standard output, as tables, plain text or JSON; progress and errors on the other."""
+
+    def __init__(self, *, json: bool = False) -> None:
+        self.json = json
+        self._console = Console(highlight=False, markup=False, emoji=False)
+        self._errors = Console(highlight=False, markup=False, emoji=False, stderr=True)
+
+    def give(self, data: object, show: Callable[[Screen], None]) -> None:
+        """A verb's whole answer: the data as JSON if so asked, else what ``show`` makes of it."""
+        if self.json:
+            self._write(msgspec.json.format(msgspec.json.encode(data), indent=2).decode())
+        else:
+            show(self)
+
+    def line(self, *cells: Cell) -> None:
+        """One line of text."""
+        if self._console.is_terminal:
+            self._console.print(Text.assemble(*cells), soft_wrap=True)
+        else:
+            self._write("".join(map(_plain, cells)))
+
+    def table(self, heads: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: str = "") -> None:
+        """A table. ``right`` has one letter per column, ``r`` for those that are aligned to the right."""
+        sides = right.ljust(len(heads), "l")
+        rows = list(rows)
+        if not self._console.is_terminal:
+            self._plain_table(heads, [list(map(_plain, row)) for row in rows], sides)
+            return
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        for head, side in zip(heads, sides):
+            table.add_column(head, justify="right" if side == "r" else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text.assemble(cell) for cell in row))
+        self._console.print(table)
+
+    def _plain_table(self, heads: Sequence[str], rows: Sequence[Sequence[str]], sides: str) -> None:
+        widths = [max(map(len, column)) for column in zip(heads, *rows)]
+        for row in (heads, *rows):
+            cells = [c.rjust(w) if s == "r" else c.ljust(w) for c, w, s in zip(row, widths, sides)]
+            self._write("  ".join(cells).rstrip())
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text + "\n")
+
+    def fail(self, message: str, *, code: str) -> None:
+        """The one line that says what went wrong."""
+        if self.json:
+            self._write(msgspec.json.encode({"error": message, "code": code}).decode())
+        if self._errors.is_terminal:
+            self._errors.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+        else:
+            sys.stderr.write(f"error: {' '.join(message.split())}\n")
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar on standard error while it is a terminal; told (bytes done, bytes in all)."""
+        if not self._errors.is_terminal:
+            yield lambda done, total: None
+            return
+        columns = (TextColumn(title), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._errors, transient=True) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain(cell: Cell) -> str:
+    return cell if isinstance(cell, str) else cell[0]
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, in powers of 1024."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def age(seconds: float) -> str:
+    """How long ago, for people."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def _say_count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+# -------------------------------------------------------------------- one function per verb
+
+
+def show_overview(screen: Screen, data: Overview) -> None:
+    """``ls``."""
+    owner = (
+        f"epoch {data.epoch}, claimed by {data.host or 'an unnamed host'}" if data.epoch else "nobody has claimed it"
+    )
+    screen.line(("run   ", "bold"), f"{data.run} at {data.url}")
+    screen.line(("owner ", "bold"), owner)
+    if data.checkpoints:
+        heads = ("step", "entry", "age", "ranks", "state", "new", "epoch", "pinned", "condition")
+        screen.line("")
+        screen.table(heads, (_row(row, data) for row in data.checkpoints), right="rrrrrrrll")
+        screen.line("")
+    if data.resume.entry is None:
+        screen.line(("resume ", "bold"), data.resume.why)
+    else:
+        screen.line(("resume ", "bold"), f"step {data.resume.step} (entry {data.resume.entry}): {data.resume.why}")
+
+
+def _row(row: Row, data: Overview) -> tuple[Cell, ...]:
+    chosen = row.entry == data.resume.entry
+    condition: Cell = (row.damage, "bold red") if row.damage else ("resumed next", "green") if chosen else ""
+    return (
+        str(row.step), str(row.entry), age(data.now - row.time), str(row.world_size), size(row.state_bytes),
+        size(row.new_bytes), str(row.epoch), "pinned" if row.pinned else "", condition,
+    )  # fmt: skip
+
+
+def show_detail(screen: Screen, data: Detail) -> None:
+    """``show``."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(data.time))
+    facts = {
+        "checkpoint": f"step {data.step}, entry {data.entry}{', pinned' if data.pinned else ''}",
+        "written": f"{when}, epoch {data.epoch}, attempt {data.attempt}, {_say_count(data.world_size, 'rank')}",
+        "state": f"{size(data.state_bytes)}, stored in {size(data.stored_bytes)}",
+        "sent": f"{size(data.new_bytes)} of packs; {size(data.older_stored_bytes)} are referred to in older attempts",
+        "values": ", ".join(data.values) or "none",
+        "losses": _say_trace(data),
+        "manifest": data.manifest,
+    }
+    for name, fact in facts.items():
+        screen.line((f"{name:<11}", "bold"), fact)
+    for name, value in data.fingerprint.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        screen.line((f"{name:<11}", "dim"), text)
+    screen.line("")
+    heads = ("group", "tensors", "bytes", "stored", "new", "in parts", "chunks by codec")
+    screen.table(heads, (
+        (g.name, str(g.tensors), size(g.nbytes), size(g.stored_bytes), size(g.new_stored_bytes), size(g.inline_bytes),
+         ", ".join(f"{n} {c}" for c, n in sorted(g.codecs.items())))
+        for g in data.groups
+    ), right="lrrrrrl")  # fmt: skip
+    screen.line("")
+    heads = ("rank", "tensors", "own", "packs", "older packs", "sent", "part")
+    screen.table(heads, (
+        (str(p.rank), str(p.tensors), str(p.local), str(p.packs), str(p.older_packs), size(p.new_bytes), size(p.nbytes))
+        for p in data.parts
+    ), right="rrrrrrr")  # fmt: skip
+    if data.tensors is not None:
+        screen.line("")
+        heads = ("tensor", "dtype", "shape", "bytes", "chunks", "rank")
+        screen.table(heads, (_tensor(row) for row in data.tensors), right="lllrrr")
+
+
+def _say_trace(data: Detail) -> str:
+    t = data.trace
+    if t is None:
+        return "none recorded"
+    lowest = "" if t.lowest is None or t.highest is None else f", between {t.lowest:.6g} and {t.highest:.6g}"
+    return f"{t.count} of steps {t.first[0]} to {t.last[0]}{lowest}, last {t.last[1]}"
+
+
+def _tensor(row: TensorRow) -> tuple[Cell, ...]:
+    rank = "" if row.rank is None else str(row.rank)
+    return row.fqn, row.dtype, str(list(row.shape)), size(row.nbytes), str(row.chunks), rank
+
+
+def show_verify(screen: Screen, data: VerifyReport) -> None:
+    """``verify``."""
+    read = f"{size(data.read_bytes)} of packs were read" if data.deep else "packs were not read: --deep does that"
+    looked = (
+        f"{_say_count(len(data.checkpoints), 'checkpoint')}, {_say_count(data.objects, 'object')}, "
+        f"{size(data.object_bytes)} in {data.seconds:.1f} s; {read}"
+    )
+    for found in data.damage:
+        screen.line((found.object, "bold red"), f": {found.problem}")
+        if found.steps:
+            screen.line(f"    checkpoints of steps {', '.join(map(str, found.steps))}")
+        if found.tensors:
+            more = f" and {len(found.tensors) - _MANY} more" if len(found.tensors) > _MANY else ""
+            screen.line(f"    tensors {', '.join(found.tensors[:_MANY])}{more}")
+    if data.sound:
+        screen.line(("sound", "bold green"), f": {looked}")
+        return
+    screen.line((f"{_say_count(len(data.damage), 'object')} damaged", "bold red"), f": {looked}")
+    newest = "no checkpoint is sound" if data.newest_sound is None else f"step {data.newest_sound}"
+    screen.line(("newest sound checkpoint ", "bold"), newest)
+
+
+def show_gc(screen: Screen, plan: Plan, *, done: bool) -> None:
+    """``gc``."""
+    screen.line(("keep   ", "bold"), _say_steps(plan.kept))
+    screen.line(("drop   ", "bold"), _say_steps(plan.dropped))
+    what = f"{_say_count(len(plan.doomed), 'object')}, {size(plan.doomed_bytes)}"
+    screen.line(("delete ", "bold"), what)
+    screen.line("done" if done else "nothing was changed: this was a dry run, --yes does it")
+
+
+def _say_steps(found: Sequence[Checkpoint]) -> str:
+    steps = ", ".join(str(c.step) + (" (pinned)" if c.pinned else "") for c in found)
+    return f"{_say_count(len(found), 'checkpoint')}{f', of steps {steps}' if steps else ''}"
+
+
+def show_export(screen: Screen, data: ExportReport) -> None:
+    """``export``."""
+    screen.line(
+        f"step {data.step}: {_say_count(data.tensors, 'tensor')}, {size(data.tensor_bytes)} in "
+        f"{_say_count(len(data.files), 'file')} at {data.out} ({data.seconds:.1f} s)"
+    )
+    for name, first in data.tied.items():
+        screen.line(f"left out {name}, which is tied to {first}")
+
+
+def show_check(screen: Screen, check: Check) -> None:
+    """One line of ``doctor``."""
+    word, style = _STATUS[check.status]
+    screen.line((f"{word:<5}", style), (f"{check.name:<12}", "bold"), " ".join(check.found.split()))
+    if check.advice:
+        screen.line(f"{'':<17}{check.advice}")
+
+
+def show_error(screen: Screen, error: BaseException) -> int:
+    """An error's one line; its exit code."""
+    if isinstance(error, GpumoveError):
+        screen.fail(str(error), code=error.code)
+        return error.exit_code
+    screen.fail(f"unexpected {type(error).__name__}: {error}; --debug shows where, please report it", code="error")
+    return GpumoveError.exit_code
+
+
+def answer(**facts: Any) -> dict[str, Any]:
+    """A small answer of a verb that has no record of its own."""
+    return facts

@@ -1,0 +1,297 @@
+"""What a run and a checkpoint are made of, as plain data for people and programs. No torch, and no writing."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpumove.config import Config
+from gpumove.fetch import chunk_bytes, item_bytes
+from gpumove.format.manifest import Checkpoint, Manifest, Part, PartRef, TensorEntry
+from gpumove.format.pack import shape_bytes
+from gpumove.store.log import Log, View
+from gpumove.store.objects import Store
+from gpumove.store.records import read_manifest, read_parts
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint of a run. ``damage`` is what is known without reading it, or None."""
+
+    entry: int
+    step: int
+    time: float
+    epoch: int
+    world_size: int
+    state_bytes: int
+    new_bytes: int
+    pinned: bool
+    damage: str | None
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What ``restore()`` would take now. ``step`` is 0 and ``entry`` None if training would begin anew."""
+
+    step: int
+    entry: int | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A run: who owns it, what it holds, what would be resumed."""
+
+    url: str
+    run: str
+    head: int
+    epoch: int
+    host: str
+    writer: str
+    now: float
+    checkpoints: tuple[Row, ...]
+    resume: Resume
+
+
+def overview(log: Log) -> Overview:
+    """Read a run's log, and one listing that tells whether the manifests are there.
+
+    Raises:
+        IntegrityError: the log is damaged.
+    """
+    view = log.read()
+    sizes = {found.key: found.nbytes for found in log.store.list("manifests/")}
+    rows = tuple(_row(log.store, view, c, sizes.get(c.manifest_key)) for c in view.checkpoints)
+    return Overview(
+        url=log.store.url, run=log.run, head=view.head, epoch=view.epoch, host=view.host, writer=view.writer,
+        now=time.time(), checkpoints=rows, resume=_resume(rows),
+    )  # fmt: skip
+
+
+def _row(store: Store, view: View, checkpoint: Checkpoint, nbytes: int | None) -> Row:
+    if nbytes is None and (info := store.exists(checkpoint.manifest_key)) is not None:
+        nbytes = info.nbytes  # a listing is no snapshot
+    damage = None
+    if checkpoint.number in view.damaged:
+        damage = "a restore could not read it"
+    elif nbytes is None:
+        damage = "its manifest is missing"
+    elif nbytes != checkpoint.manifest_bytes:
+        damage = f"its manifest has {nbytes} bytes instead of {checkpoint.manifest_bytes}"
+    return Row(
+        entry=checkpoint.number, step=checkpoint.step, time=checkpoint.time, epoch=checkpoint.epoch,
+        world_size=checkpoint.world_size, state_bytes=checkpoint.state_bytes, new_bytes=checkpoint.new_bytes,
+        pinned=checkpoint.pinned, damage=damage,
+    )  # fmt: skip
+
+
+def _resume(rows: Sequence[Row]) -> Resume:
+    """The newest checkpoint that nothing is known to be wrong with, as restore() goes through them."""
+    if not rows:
+        return Resume(0, None, "no checkpoint has been committed yet, so training begins at step 0")
+    skipped: list[str] = []
+    for row in reversed(rows):
+        if row.damage is None:
+            why = "it is the newest committed checkpoint"
+            if skipped:
+                why = f"newer ones are damaged: {'; '.join(skipped)}"
+            return Resume(row.step, row.entry, why)
+        skipped.append(f"step {row.step} (entry {row.entry}): {row.damage}")
+    return Resume(0, None, f"every checkpoint is damaged, so restore() fails: {'; '.join(skipped)}")
+
+
+@dataclass
+class Group:
+    """Tensors whose names begin alike. ``nbytes`` are decoded bytes; stored bytes count tied tensors once."""
+
+    name: str
+    tensors: int = 0
+    nbytes: int = 0
+    stored_bytes: int = 0
+    new_stored_bytes: int = 0
+    inline_bytes: int = 0
+    codecs: dict[str, int] = field(default_factory=dict)
+    """Chunks by codec; ``inline`` for those that travel in the part."""
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """What one rank wrote."""
+
+    rank: int
+    key: str
+    nbytes: int
+    new_bytes: int
+    tensors: int
+    local: int
+    packs: int
+    older_packs: int
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The losses recorded since the checkpoint before; None where they were not finite."""
+
+    count: int
+    first: tuple[int, float | None]
+    last: tuple[int, float | None]
+    lowest: float | None
+    highest: float | None
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor. ``rank`` is set for those that belong to one rank."""
+
+    fqn: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    chunks: int
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Detail:
+    """One checkpoint."""
+
+    url: str
+    run: str
+    entry: int
+    step: int
+    epoch: int
+    attempt: str
+    time: float
+    pinned: bool
+    world_size: int
+    manifest: str
+    state_bytes: int
+    new_bytes: int
+    stored_bytes: int
+    older_stored_bytes: int
+    fingerprint: dict[str, Any]
+    values: tuple[str, ...]
+    groups: tuple[Group, ...]
+    parts: tuple[PartRow, ...]
+    trace: Trace | None
+    tensors: tuple[TensorRow, ...] | None
+
+
+def detail(log: Log, checkpoint: Checkpoint, *, config: Config, tensors: bool = False) -> Detail:
+    """Read a checkpoint's manifest and parts.
+
+    Args:
+        log: its run.
+        checkpoint: the log entry.
+        config: bounds.
+        tensors: list every tensor too.
+
+    Raises:
+        IntegrityError: a record is missing or damaged.
+    """
+    manifest = read_manifest(log.store, checkpoint)
+    parts = read_parts(log.store, manifest.parts, concurrency=config.concurrency)
+    groups = _groups(parts, manifest.attempt)
+    stored, new = sum(g.stored_bytes for g in groups), sum(g.new_stored_bytes for g in groups)
+    return Detail(
+        url=log.store.url,
+        run=manifest.run,
+        entry=checkpoint.number,
+        step=manifest.step,
+        epoch=manifest.epoch,
+        attempt=manifest.attempt,
+        time=manifest.time,
+        pinned=checkpoint.pinned,
+        world_size=manifest.world_size,
+        manifest=checkpoint.manifest_key,
+        state_bytes=manifest.state_bytes,
+        new_bytes=manifest.new_bytes,
+        stored_bytes=stored,
+        older_stored_bytes=stored - new,
+        fingerprint=manifest.fingerprint,
+        values=tuple(sorted({name for part in parts for name in part.values})),
+        groups=groups,
+        parts=tuple(_part_row(ref, part) for ref, part in zip(manifest.parts, parts)),
+        trace=_trace(manifest),
+        tensors=_tensor_rows(parts) if tensors else None,
+    )
+
+
+def _groups(parts: Iterable[Part], attempt: str) -> tuple[Group, ...]:
+    groups: dict[str, Group] = {}
+    names: set[str] = set()
+    spots: set[tuple[str, int]] = set()
+    for part in parts:
+        for entry in (*part.tensors, *part.local):
+            group_name = ".".join(entry.fqn.split(".")[:2])
+            group = groups.setdefault(group_name, Group(group_name))
+            group.tensors += entry.fqn not in names
+            names.add(entry.fqn)
+            _count(group, entry, part, attempt, spots)
+    return tuple(groups[name] for name in sorted(groups))
+
+
+def _count(group: Group, entry: TensorEntry, part: Part, attempt: str, spots: set[tuple[str, int]]) -> None:
+    """Add a tensor's chunks to its group; ``spots`` are the places that were counted before."""
+    for chunk in entry.chunks:
+        nbytes = chunk_bytes(entry.dtype, chunk)
+        group.nbytes += nbytes
+        codec = "inline" if chunk.inline is not None else chunk.codec
+        group.codecs[codec] = group.codecs.get(codec, 0) + 1
+        if chunk.inline is not None:
+            group.inline_bytes += nbytes
+            continue
+        pack = part.packs[chunk.pack]
+        if (pack.key, chunk.at) not in spots:
+            spots.add((pack.key, chunk.at))
+            group.stored_bytes += chunk.length
+            group.new_stored_bytes += chunk.length if pack.attempt == attempt else 0
+
+
+def _part_row(ref: PartRef, part: Part) -> PartRow:
+    return PartRow(
+        rank=ref.rank,
+        key=ref.key,
+        nbytes=ref.nbytes,
+        new_bytes=ref.new_bytes,
+        tensors=len(part.tensors),
+        local=len(part.local),
+        packs=len(part.packs),
+        older_packs=sum(pack.attempt != part.attempt for pack in part.packs),
+        values=tuple(part.values),
+    )
+
+
+def _trace(manifest: Manifest) -> Trace | None:
+    if not manifest.trace:
+        return None
+    losses = [loss for _, loss in manifest.trace if loss is not None]
+    return Trace(
+        count=len(manifest.trace),
+        first=manifest.trace[0],
+        last=manifest.trace[-1],
+        lowest=min(losses, default=None),
+        highest=max(losses, default=None),
+    )
+
+
+def _tensor_rows(parts: Iterable[Part]) -> tuple[TensorRow, ...]:
+    rows: list[TensorRow] = []
+    chunks: Counter[str] = Counter()
+    shared: dict[str, TensorEntry] = {}
+    for part in parts:
+        for entry in part.tensors:
+            shared[entry.fqn] = entry
+            chunks[entry.fqn] += len(entry.chunks)
+        rows += [_tensor_row(entry, len(entry.chunks), part.rank) for entry in part.local]
+    rows += [_tensor_row(entry, chunks[fqn], None) for fqn, entry in shared.items()]
+    return tuple(sorted(rows, key=lambda r: (r.fqn, -1 if r.rank is None else r.rank)))
+
+
+def _tensor_row(entry: TensorEntry, chunks: int, rank: int | None) -> TensorRow:
+    nbytes = shape_bytes(entry.shape, item_bytes(entry.dtype))
+    return TensorRow(entry.fqn, entry.dtype, entry.shape, nbytes, chunks, rank)
