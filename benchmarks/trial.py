@@ -43,9 +43,11 @@ class Training:
             rows.append(self._one())
         return rows
 
-    def rest(self, steps: int) -> None:
-        """Steps with nothing going on: what a step costs without a save."""
-        self.idle += [row.total_s for row in self.run(steps)]
+    def rest(self, steps: int) -> list[float]:
+        """Steps with nothing going on: what each costs without a save."""
+        seconds = [row.total_s for row in self.run(steps)]
+        self.idle += seconds
+        return seconds
 
     def _one(self) -> StepTimes:
         row = self.job.train_step()
@@ -99,15 +101,16 @@ def save_trial(spec: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for number in range(spec["saves"]):
         last = number + 1 == spec["saves"]
-        rows.append(_one_save(training, peer, place, bare_peak=bare.peak, with_digest=last))
+        before = training.rest(_IDLE_STEPS)
+        rows.append(row := _one_save(training, peer, place, bare_peak=bare.peak, with_digest=last))
         reset_peak()
-        training.rest(_IDLE_STEPS)
-        rows[-1]["kept_bytes"] = memory().peak - bare.peak
+        # Steps on both sides of the save: other load on the machine comes and goes.
+        step_s = median(before + training.rest(_IDLE_STEPS))
+        row["kept_bytes"] = memory().peak - bare.peak
+        row["lost_s"] = row["call_s"] + sum(row["steps_s"]) - len(row["steps_s"]) * step_s
         peer.forget()
     peer.close()
     step_s = median(training.idle)
-    for row in rows:
-        row["lost_s"] = row["call_s"] + sum(row["steps_s"]) - len(row["steps_s"]) * step_s
     return {
         "saves": rows,
         "open_s": open_s,

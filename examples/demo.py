@@ -2,8 +2,8 @@
 
     python -m examples.demo [--quick] [--out DIR]
 
-Two runs of the same small GPT, every life of them a process of its own. The first is never interrupted and saves nothing
-before its end. The second saves as it goes, is killed and started again, twice. Then all losses of the second are
+Two runs of the same small GPT, every life of them a process of its own. The first is never interrupted, and saves
+nothing before its end. The second saves as it goes, is killed and started again, twice. Then all losses of the second are
 compared with those of the first, bit by bit, and so are the final parameters and optimizer states.
 """
 
@@ -113,6 +113,7 @@ class Trainer:
             process.wait()
         life.follow()
         self.bars.update(bar, completed=life.last)
+        self.bars.stop_task(bar)
         life.seconds = time.monotonic() - began
         life.in_save = life.killed and has_open_save(self.out / run)
         if not life.killed and (kill or process.returncode):
@@ -191,14 +192,13 @@ def differences(whole: Life, lives: Sequence[Life], digests: Sequence[str]) -> l
 def tell(whole: Life, lives: Sequence[Life], every: int) -> dict[str, Any]:
     """Print what happened, and return it in numbers."""
     table = Table(title="The processes", title_justify="left", title_style="bold")
-    for heading in ("process", "resumed from", "ended at", "how", "steps to do again", "saves", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("process", "how") else "right")
+    for heading in ("process", "from step", "to step", "ended by", "done again", "saves", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("process", "ended by") else "right")
     again = [before.last - after.resumed for before, after in pairwise(lives)]
-    for life, lost in zip([whole, *lives], [0, *again, 0]):
-        how = "completed" if not life.killed else "[red]SIGKILL[/]" + (" in a save" if life.in_save else "")
-        from_step = f"step {life.resumed}" if life.resumed else "-"
-        numbers = (str(lost) if life.killed else "-", str(len(life.saves)), f"{life.seconds:.1f}")
-        table.add_row(life.name, from_step, f"step {life.last}", how, *numbers)
+    for life, lost in zip([whole, *lives], [0, 0, *again]):
+        end = "completion" if not life.killed else "[red]SIGKILL[/]" + (" in a save" if life.in_save else "")
+        numbers = (str(lost), str(len(life.saves)), f"{life.seconds:.1f}")
+        table.add_row(life.name, str(life.resumed), str(life.last), end, *numbers)
     console.print(table)
 
     saves = [save for life in lives for save in life.saves if save["committed"]]
@@ -217,7 +217,7 @@ def tell(whole: Life, lives: Sequence[Life], every: int) -> dict[str, Any]:
         "sent_bytes": sent,
     }
     table = Table(title="The saves", title_justify="left", title_style="bold", show_header=False)
-    table.add_row("commits", f"{len(saves)}, every {every} steps, and at the end")
+    table.add_row("reported saves", f"{len(saves)}, one every {every} steps and one at the end")
     table.add_row(
         "stall of the training", f"{1e3 * median(stall_s):.1f} ms per save (median), {1e3 * stall_s[-1]:.1f} ms at most"
     )
@@ -235,13 +235,15 @@ def prove(out: Path, options: dict[str, int], whole: Life, lives: Sequence[Life]
     digests = [digest(out / run, options) for run in ("uninterrupted", "killed")]
     wrong = differences(whole, lives, digests)
     compared = sum(len(life.losses) for life in lives)
-    if not wrong:
-        console.print(f"[green]✓[/] {compared} losses, of {whole.last} steps, are equal to the last bit")
-        console.print("[green]✓[/] every step has seen the same samples")
-        console.print(f"[green]✓[/] the final parameters and optimizer states are equal: digest {digests[0]}")
-    console.print(f"[green]✓[/] {len(kept)} checkpoints read back and verified: steps {', '.join(map(str, kept))}")
+    good = [
+        f"{compared} losses, of {whole.last} steps, are equal to the last bit",
+        "every step was computed from the same samples",
+        f"the final parameters and optimizer states are equal: {digests[0]}",
+    ]
     for words in wrong[:20]:
         console.print(f"[bold red]✗[/] {words}", soft_wrap=True)
+    for words in [*([] if wrong else good), f"{len(kept)} checkpoints read back, every byte verified"]:
+        console.print(f"[green]✓[/] {words}", soft_wrap=True)
     return wrong, {"compared_losses": compared, "verified_steps": kept, "digests": digests, "differences": wrong}
 
 
@@ -281,7 +283,9 @@ def main() -> int:
     draw(args.out / "loss.png", whole, lives, every=every)
     report = json.dumps({**options, **facts, **proof, "dice": seed, "passed": not wrong}, indent=1)
     (args.out / "report.json").write_text(report + "\n")
-    console.print(f"The picture is {args.out / 'loss.png'}, the numbers are in {args.out / 'report.json'}.")
+    console.print(
+        f"The picture is {args.out / 'loss.png'}, the numbers are in {args.out / 'report.json'}.", soft_wrap=True
+    )
     return 1 if wrong else 0
 
 

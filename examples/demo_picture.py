@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 if TYPE_CHECKING:
     from examples.demo import Life
 
-# Okabe and Ito's palette: told apart with any kind of colour vision. The curves differ in width too, the marks in shape.
+# Okabe and Ito's palette: told apart with any kind of colour vision. Curves also differ in width, marks in shape.
 WHOLE, RESUMED, KILL, START, INK = "#E69F00", "#0072B2", "#D55E00", "#009E73", "#444444"
 
 
@@ -35,9 +35,13 @@ def draw(path: Path, whole: Life, lives: Sequence[Life], *, every: int) -> None:
     _differences(middle, gaps)
     _lives(bottom, whole, lives, every)
     for axes in (top, middle, bottom):
+        for step, colour in [
+            *((life.last, KILL) for life in lives[:-1]),
+            *((life.resumed, START) for life in lives[1:]),
+        ]:
+            axes.axvline(step, color=colour, linewidth=0.8, linestyle=":", zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=INK)
-    figure.align_ylabels()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -60,11 +64,11 @@ def _curves(axes: Axes, truth: Mapping[int, float], lives: Sequence[Life]) -> No
     axes.plot(starts, [truth[s] for s in starts], "o", mfc="white", mec=START, mew=2.5, label="resumed here", **style)
     for before, after in pairwise(lives):
         words = f"killed after step {before.last},\nresumed from step {after.resumed}"
-        place = (before.last, max(loss for step, loss in truth.items() if abs(step - before.last) < len(truth) / 20))
+        height = max(loss for step, loss in truth.items() if abs(step - before.last) < len(truth) / 8)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
         axes.annotate(
-            words, place, (0, 34), textcoords="offset points", color=INK, ha="center", va="bottom",
-            arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.8, "shrinkB": 4},
-        )  # fmt: skip
+            words, (before.last, height), (0, 16), textcoords="offset points", ha="center", color=INK, bbox=box
+        )
     axes.set_ylabel("loss")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
     axes.legend(frameon=False, loc="upper right")
@@ -87,14 +91,18 @@ def _lives(axes: Axes, whole: Life, lives: Sequence[Life], every: int) -> None:
         colour = WHOLE if life is whole else RESUMED
         axes.barh(row, life.last - life.resumed, left=life.resumed, height=0.55, color=colour, alpha=0.35)
         commits = [save["saved"] for save in life.saves if save["committed"]]
-        axes.plot(commits, [row] * len(commits), "|", color=colour, markersize=9)
+        label = f"commit, every {every} steps" if life is lives[0] else None
+        axes.plot(commits, [row] * len(commits), "|", color=colour, markersize=9, label=label)
         if life.killed:
             axes.plot(life.last, row, "X", color=KILL, mec="white", markersize=10)
         if row > 1:
             lost = rows[row - 1].last - life.resumed
-            axes.barh(row, lost, left=life.resumed, height=0.55, fill=False, hatch="////", edgecolor=START, linewidth=0)
+            again = {"fill": False, "hatch": "////", "edgecolor": START, "linewidth": 0}
+            label = "steps done again" if row == 2 else None
+            axes.barh(row, lost, left=life.resumed, height=0.55, label=label, **again)
             axes.plot(life.resumed, row, "o", mfc="white", mec=START, mew=2.5, markersize=8)
     axes.set_yticks(range(len(rows)), [life.name for life in rows])
     axes.invert_yaxis()
-    axes.set_xlabel(f"step      (|  commit, every {every} steps      ////  steps that were done again)")
+    axes.set_xlabel("step")
     axes.set_xlim(0, whole.last * 1.01)
+    axes.legend(frameon=False, ncols=2, loc="upper right", bbox_to_anchor=(1, -0.12))

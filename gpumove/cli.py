@@ -1,7 +1,6 @@
 """The command line: one function per verb. It parses, calls, and hands what comes back to be shown; it decides nothing.
 
-Exit codes are those of the error classes (``errors.py``): 0 well, 2 the call, 10 the store, 20 damaged bytes, 30 layout,
-40 fenced; 130 interrupted.
+Exit codes are those of the error classes (``errors.py``), 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -111,7 +110,7 @@ def run_pin(args: Arguments, screen: Screen) -> int:
             log.pin(checkpoint, pinned=not args.undo)
     facts = {"entry": checkpoint.number, "step": checkpoint.step, "pinned": not args.undo, "changed": changed}
     already = "" if changed else "already "
-    text = f"not pinned: retention may drop it" if args.undo else "pinned: retention keeps it"
+    text = "not pinned: retention may drop it" if args.undo else "pinned: retention keeps it"
     screen.give(facts, lambda s: s.line(f"step {checkpoint.step} (entry {checkpoint.number}) is {already}{text}"))
     return 0
 
@@ -120,17 +119,10 @@ def run_export(args: Arguments, screen: Screen) -> int:
     """Write a checkpoint's tensors as safetensors files."""
     with screen.progress("exporting") as progress:
         data = export(
-            args.url,
-            args.out,
-            step=args.step,
-            what=args.what,
-            dtype=args.dtype,
-            max_shard_bytes=parse_size("--max-shard-size", args.max_shard_size),
-            drop_tied=args.tied == "drop",
-            force=args.force,
-            storage_options=_storage_options(args),
-            progress=progress,
-        )
+            args.url, args.out, step=args.step, what=args.what, dtype=args.dtype, force=args.force,
+            max_shard_bytes=parse_size("--max-shard-size", args.max_shard_size), drop_tied=args.tied == "drop",
+            storage_options=_storage_options(args), progress=progress,
+        )  # fmt: skip
     screen.give(data, lambda s: tables.show_export(s, data))
     return 0
 
@@ -205,7 +197,7 @@ class _Parser(argparse.ArgumentParser):
 
     _inside = False
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         if self._inside:
             return super().parse_known_args(args, namespace)
         self._inside = True
@@ -225,7 +217,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
 
     def verb(name: str, run: Verb, *, url: str | None = None) -> argparse.ArgumentParser:
-        found = verbs.add_parser(name, help=run.__doc__, description=run.__doc__)
+        found = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
         found.set_defaults(run=run)
         found.add_argument("url", metavar="URL", nargs=url, help="where the run lies")
         found.add_argument("--option", metavar="KEY=VALUE", action="append", default=[], help="a storage option")

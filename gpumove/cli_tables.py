@@ -1,4 +1,4 @@
-"""How the command line shows things: tables and colours for people at a terminal, plain text and JSON for everything else.
+"""How the command line shows things: tables and colours at a terminal, plain text and JSON for everything else.
 
 It knows what to show, never where it comes from. Besides ``cli.py`` it is the only place that prints.
 """
@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -179,15 +178,15 @@ def show_detail(screen: Screen, data: Detail) -> None:
         for g in data.groups
     ), right="lrrrrrl")  # fmt: skip
     screen.line("")
-    heads = ("rank", "tensors", "own", "packs", "older packs", "sent", "part")
-    screen.table(heads, (
+    per_rank = ("rank", "tensors", "own", "packs", "older packs", "sent", "part")
+    screen.table(per_rank, (
         (str(p.rank), str(p.tensors), str(p.local), str(p.packs), str(p.older_packs), size(p.new_bytes), size(p.nbytes))
         for p in data.parts
     ), right="rrrrrrr")  # fmt: skip
     if data.tensors is not None:
         screen.line("")
-        heads = ("tensor", "dtype", "shape", "bytes", "chunks", "rank")
-        screen.table(heads, (_tensor(row) for row in data.tensors), right="lllrrr")
+        per_tensor = ("tensor", "dtype", "shape", "bytes", "chunks", "rank")
+        screen.table(per_tensor, (_tensor(row) for row in data.tensors), right="lllrrr")
 
 
 def _say_trace(data: Detail) -> str:
@@ -264,8 +263,3 @@ def show_error(screen: Screen, error: BaseException) -> int:
         return error.exit_code
     screen.fail(f"unexpected {type(error).__name__}: {error}; --debug shows where, please report it", code="error")
     return GpumoveError.exit_code
-
-
-def answer(**facts: Any) -> dict[str, Any]:
-    """A small answer of a verb that has no record of its own."""
-    return facts

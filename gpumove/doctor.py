@@ -130,9 +130,9 @@ def _memlock() -> Check:
     if limit == resource.RLIM_INFINITY:
         return Check("memlock", "ok", "unlimited")
     text = f"at most {limit / _MIB:.0f} MiB may be locked"
-    if limit < _GIB:
-        return Check("memlock", "warn", text, "CUDA's pinned memory is not bound by it, RDMA is: ulimit -l unlimited")
-    return Check("memlock", "ok", text)
+    if limit < _GIB and Path("/dev/infiniband").exists():
+        return Check("memlock", "warn", text, "RDMA needs more: ulimit -l unlimited")
+    return Check("memlock", "ok", f"{text}, which does not bind CUDA's pinned memory")
 
 
 def _disk() -> Check:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,15 @@ def open_run(
         ConfigError: there is no run at the URL (code ``config.no_run``), or it has a newer format.
     """
     store = Store.open(url, Config.from_env() if config is None else config, options=storage_options)
-    try:
+    with closing(store):
         log = Log(store)
         if not log.open(create=False):
-            raise ConfigError(f"there is no gpumove run at {store.url}: check the URL", code="config.no_run")
+            raise _no_run(store)
         yield log
-    finally:
-        store.close()
+
+
+def _no_run(store: Store) -> ConfigError:
+    return ConfigError(f"there is no gpumove run at {store.url}: check the URL", code="config.no_run")
 
 
 def pick(view: View, step: int | None, *, url: str) -> Checkpoint:
@@ -136,10 +138,13 @@ def verify(
         StoreError: the store failed.
     """
     began, config = time.perf_counter(), Config.from_env() if config is None else config
-    with open_run(url, config=config, storage_options=storage_options) as log:
-        view, damage = _read_log(log)
-        chosen = view.checkpoints if step is None else (pick(view, step, url=log.store.url),)
-        survey = Survey(log.store, config)
+    with closing(Store.open(url, config, options=storage_options)) as store:
+        log = Log(store)
+        damage = _check_format(log)
+        view, more = _read_log(log)
+        damage += more
+        chosen = view.checkpoints if step is None else (pick(view, step, url=store.url),)
+        survey = Survey(store, config)
         for checkpoint in chosen:
             survey.check_records(checkpoint)
         survey.check_sizes()
@@ -154,7 +159,7 @@ def verify(
     broken = set[int]().union(*(finding.entries for finding in survey.findings.values()))
     checked = tuple(Checked(c.number, c.step, c.number not in broken) for c in chosen)
     return VerifyReport(
-        url=log.store.url,
+        url=store.url,
         deep=deep,
         sound=not damage,
         newest_sound=next((c.step for c in reversed(checked) if c.sound), None),
@@ -177,6 +182,18 @@ def _damage(survey: Survey, chosen: Sequence[Checkpoint]) -> list[Damage]:
         for key, f in sorted(survey.findings.items())
         if not f.entries or f.entries & set(steps)
     ]
+
+
+def _check_format(log: Log) -> list[Damage]:
+    """What is wrong with ``format.json``; nothing can be resumed without it, but the rest can be looked at."""
+    try:
+        if log.open(create=False):
+            return []
+    except IntegrityError as error:
+        return [Damage(keys.FORMAT_KEY, str(error), error.code)]
+    if not log.store.list("log/"):
+        raise _no_run(log.store)
+    return [Damage(keys.FORMAT_KEY, "it is missing, while there is a log", "integrity.missing")]
 
 
 def _read_log(log: Log) -> tuple[View, list[Damage]]:

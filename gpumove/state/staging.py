@@ -76,7 +76,8 @@ class Snapshot:
         self._memory = memoryview(arena.numpy())  # type: ignore[arg-type]
         self._done = threading.Event()
         self._error: BaseException | None = None
-        self._events: list[tuple[torch.cuda.Stream, torch.cuda.Event]] = []
+        self._on_host = threading.Event()
+        self._events: list[tuple[torch.device, torch.cuda.Event]] = []
         self._watched: list[tuple[int, torch.Tensor, int]] = []
         self._sealed = threading.Lock()
         self.changed: list[int] = []
@@ -110,13 +111,11 @@ class Snapshot:
         if self._done.is_set():
             return
         began = time.perf_counter()
-        if self._events:
-            # What the host enqueues from here on runs behind the copy: the host itself need not wait.
-            self._seal()
-            for _, event in self._events:
-                torch.cuda.current_stream(event_device(event)).wait_event(event)
-        else:
-            self._done.wait()
+        self._on_host.wait()
+        self._seal()
+        for device, event in self._events:
+            # What the host enqueues from here on runs behind the copy: the host itself need not wait for it.
+            torch.cuda.current_stream(device).wait_event(event)
         self.fence_s += time.perf_counter() - began
 
     def _seal(self) -> None:
@@ -130,12 +129,8 @@ class Snapshot:
         if error is None and self.changed:
             error = ConfigError("tensors changed while they were copied", code="config.torn")
         self._error = error
+        self._on_host.set()
         self._done.set()
-
-
-def event_device(event: torch.cuda.Event) -> torch.device:
-    """The device that an event was recorded on."""
-    return event.device
 
 
 class Stager:
@@ -222,14 +217,16 @@ class Stager:
             mine = [i for i in which if sources[i].device == device]
             # What forward may change is cloned on the device first, in the order of the training stream.
             taken = {i: sources[i].clone() if at_once[i] else sources[i] for i in mine}
-            stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = self._streams[device]
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 sources_now = [taken[i].contiguous() for i in mine]
                 torch._foreach_copy_([self._copies[i] for i in mine], sources_now, non_blocking=True)
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
-            snapshot._events.append((stream, event))
+            snapshot._events.append((device, event))
             keep += sources_now + list(taken.values())  # registered memory is not tracked by the allocator
         return keep
 
@@ -239,6 +236,7 @@ class Stager:
         error: BaseException | None = None
         try:
             self._copy(sources, on_host)
+            snapshot._on_host.set()
             for _, event in snapshot._events:
                 event.synchronize()
         except BaseException as failure:  # noqa: BLE001 - handed to whoever waits

@@ -89,14 +89,11 @@ class Store:
                 return connect(place, config, given)
             except GpumoveError:
                 raise
-            except TimeoutError:
-                raise StoreError(
-                    f"{place.url} could not be opened: looking for credentials took over {config.deadline_s:.0f} s",
-                    code=retry.STALLED.code,
-                ) from None
             except Exception as error:  # noqa: BLE001 - constructors of file systems raise what they like
-                text = scrub(f"{type(error).__name__}: {error}")
-                raise ConfigError(f"{place.url} cannot be opened with these storage options ({text})") from None
+                text, fault = scrub(f"{type(error).__name__}: {error}"), retry.judge(error)
+            if fault.kind == "transient":  # some look for credentials on the network
+                raise StoreError(f"{place.url} cannot be opened ({text}); {fault.advice}", code=fault.code)
+            raise ConfigError(f"{place.url} cannot be opened with these storage options ({text})")
 
         return cls(place.url, config, back_end, scrub=scrub, clock=clock)
 
