@@ -3,8 +3,8 @@
     python -m examples.demo [--quick] [--out DIR]
 
 Two runs of the same small GPT, every life of them a process of its own. The first is never interrupted, and saves
-nothing before its end. The second saves as it goes, is killed and started again, twice. Then all losses of the second are
-compared with those of the first, bit by bit, and so are the final parameters and optimizer states.
+nothing before its end. The second saves as it goes, is killed and started again, twice. Then all losses of the second
+are compared with those of the first, bit by bit, and so are the final parameters and optimizer states.
 """
 
 from __future__ import annotations
@@ -193,10 +193,10 @@ def tell(whole: Life, lives: Sequence[Life], every: int) -> dict[str, Any]:
     """Print what happened, and return it in numbers."""
     table = Table(title="The processes", title_justify="left", title_style="bold")
     for heading in ("process", "from step", "to step", "ended by", "done again", "saves", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("process", "ended by") else "right")
+        table.add_column(heading, justify="left" if heading in ("process", "ended by") else "right", no_wrap=True)
     again = [before.last - after.resumed for before, after in pairwise(lives)]
     for life, lost in zip([whole, *lives], [0, 0, *again]):
-        end = "completion" if not life.killed else "[red]SIGKILL[/]" + (" in a save" if life.in_save else "")
+        end = "itself" if not life.killed else "[red]SIGKILL[/]" + (" in a save" if life.in_save else "")
         numbers = (str(lost), str(len(life.saves)), f"{life.seconds:.1f}")
         table.add_row(life.name, str(life.resumed), str(life.last), end, *numbers)
     console.print(table)
@@ -259,8 +259,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    sizes = {"steps": 610, "every-steps": 25, "batch": 8, "context": 128, "layers": 4, "width": 128}
-    quick = {"steps": 205, "every-steps": 10, "batch": 4, "context": 64, "layers": 3, "width": 96}
+    sizes = {"steps": 405, "every-steps": 10, "batch": 8, "context": 128, "layers": 4, "width": 128}
+    quick = {"steps": 203, "every-steps": 5, "batch": 4, "context": 64, "layers": 3, "width": 96}
     given = {name: getattr(args, name.replace("-", "_")) for name in sizes}
     options = (quick if args.quick else sizes) | {name: value for name, value in given.items() if value is not None}
     every, seed = options.pop("every-steps"), random.SystemRandom().randrange(10**6) if args.dice is None else args.dice

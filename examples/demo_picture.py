@@ -71,7 +71,7 @@ def _curves(axes: Axes, truth: Mapping[int, float], lives: Sequence[Life]) -> No
         )
     axes.set_ylabel("loss")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.7)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=True, framealpha=1, edgecolor="none", loc="upper right")
 
 
 def _differences(axes: Axes, gaps: Sequence[tuple[int, float]]) -> None:

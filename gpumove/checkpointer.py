@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -21,9 +22,10 @@ from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError, GpumoveError, StoreError, describe, rebuild
 from gpumove.format.manifest import Checkpoint
 from gpumove.handle import SaveHandle
+from gpumove.meeting import Claimed, Report, Verdict, first_error
 from gpumove.restore import fill, read_contents, try_newest
 from gpumove.runner import Runner, Staged
-from gpumove.state.capture import Job
+from gpumove.state.capture import Capture, Job
 from gpumove.state.layout import Planner, urgent
 from gpumove.state.peers import Peers
 from gpumove.state.staging import Stager
@@ -32,25 +34,6 @@ from gpumove.store.objects import Store
 
 _log = logging.getLogger("gpumove")
 _MAX_TRACE = 10_000
-
-
-class _Verdict(msgspec.Struct):
-    """What rank 0 decided at a meeting."""
-
-    save: bool = False
-    replan: bool = False
-    next_meeting: int = 0
-    serial: int = 0
-    error: tuple[str, str, str] | None = None
-
-
-class _Claimed(msgspec.Struct):
-    """What rank 0 found in the log."""
-
-    run: str = ""
-    epoch: int = 0
-    candidates: list[Checkpoint] = []
-    error: tuple[str, str, str] | None = None
 
 
 class Checkpointer:
@@ -161,7 +144,8 @@ class Checkpointer:
         damaged: list[int] = []
 
         def attempt(checkpoint: Checkpoint) -> None:
-            self._peers.agree(lambda: self._load(checkpoint, strict=strict))
+            work = partial(self._load, checkpoint, strict=strict)
+            self._peers.agree(f"the end of reading step {checkpoint.step}", work)
 
         def say(checkpoint: Checkpoint, error: GpumoveError) -> None:
             damaged.append(checkpoint.number)
@@ -171,23 +155,27 @@ class Checkpointer:
             return 0
         found = try_newest(candidates, attempt, say=say)
         self._cadence.last_step = found.step
-        if self._peers.rank == 0:
-            words = f"resumed from step {found.step}" + (f"; {len(damaged)} damaged were skipped" if damaged else "")
-            self._log.note(words, resumed=found.number, damaged=damaged)
+        self._peers.agree("the end of restore()", lambda: self._say_resumed(found, damaged))
         _log.info("resumed from step %d of %s", found.step, self._store.url)
         return found.step
 
+    def _say_resumed(self, found: Checkpoint, damaged: Sequence[int]) -> None:
+        if self._peers.rank == 0:
+            words = f"resumed from step {found.step}" + (f"; {len(damaged)} damaged were skipped" if damaged else "")
+            self._log.note(words, resumed=found.number, damaged=damaged)
+
     def _claim(self, step: int | None) -> list[Checkpoint]:
         """Become the owner, on all ranks; the checkpoints to try, newest first."""
-        answer = self._claim_here(step) if self._peers.rank == 0 else _Claimed()
-        answer = msgspec.msgpack.decode(self._peers.broadcast(msgspec.msgpack.encode(answer)), type=_Claimed)
+        self._peers.meet("the claim of the run")
+        answer = self._claim_here(step) if self._peers.rank == 0 else Claimed()
+        answer = msgspec.msgpack.decode(self._peers.broadcast(msgspec.msgpack.encode(answer)), type=Claimed)
         if answer.error is not None:
             raise rebuild(answer.error)
         self._log.adopt(answer.run, answer.epoch)
         self._claimed = True
         return answer.candidates
 
-    def _claim_here(self, step: int | None) -> _Claimed:
+    def _claim_here(self, step: int | None) -> Claimed:
         """On rank 0. An error is part of the answer, so that no rank waits for one that will not come."""
         try:
             run = self._log.open(create=True)
@@ -199,9 +187,9 @@ class Checkpointer:
                 found = [c for c in found if c.step == step][:1]
                 if not found:
                     raise ConfigError(f"{self._store.url} has no sound checkpoint of step {step}")
-            return _Claimed(run, self._log.claim().epoch, found)
+            return Claimed(run, self._log.claim().epoch, found)
         except GpumoveError as error:
-            return _Claimed(error=describe(error))
+            return Claimed(error=describe(error))
 
     def _load(self, checkpoint: Checkpoint, *, strict: bool) -> None:
         rank, stream = self._peers.rank, self._job.stream()
@@ -257,12 +245,16 @@ class Checkpointer:
         """All ranks are here: learn what rank 0 decides, and do it."""
         began = time.perf_counter()
         self._check_open()
-        capture = self._job.capture()
+        capture, report = self._look()
         self._peers.meet(f"the meeting at step {step}")
-        flags = self._peers.gather(b"1" if self._planner.changed(capture) else b"0")
-        verdict = self._decide(step, flags, force=force) if self._peers.rank == 0 else _Verdict()
-        verdict = msgspec.msgpack.decode(self._peers.broadcast(msgspec.msgpack.encode(verdict)), type=_Verdict)
+        reports = self._peers.gather(msgspec.msgpack.encode(report))
+        verdict = self._decide(step, reports, force=force) if self._peers.rank == 0 else Verdict()
+        verdict = msgspec.msgpack.decode(self._peers.broadcast(msgspec.msgpack.encode(verdict)), type=Verdict)
         self._next_meeting = verdict.next_meeting
+        if isinstance(capture, Exception):
+            raise capture
+        if verdict.told and self._last is not None:
+            self._last.mark_seen()
         if verdict.error is not None:
             self._raise(verdict.error)
         if verdict.replan:
@@ -280,6 +272,14 @@ class Checkpointer:
         self._runner.start(Staged(handle, snapshot, layout, capture, agreed, trace, began, pinned))
         handle.stats.stall_s += time.perf_counter() - began
 
+    def _look(self) -> tuple[Capture | Exception, Report]:
+        """The cut. A failure is told at the meeting: the other ranks must not wait for this one."""
+        try:
+            capture = self._job.capture()
+            return capture, Report(replan=self._planner.changed(capture))
+        except Exception as error:  # noqa: BLE001 - state_dict() of a user's object raises what it likes
+            return error, Report(error=describe(error))
+
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("the Checkpointer is closed")
@@ -289,14 +289,17 @@ class Checkpointer:
                 "first step to go on from there, or use a new URL to begin anew"
             )
 
-    def _decide(self, step: int, flags: Sequence[bytes], *, force: bool) -> _Verdict:
+    def _decide(self, step: int, reports: Sequence[bytes], *, force: bool) -> Verdict:
         """Rank 0: save or not, plan anew or not, and when to meet again."""
         now = time.monotonic()
-        verdict = _Verdict(replan=b"1" in flags, serial=self._serial + 1)
+        found = [msgspec.msgpack.decode(r, type=Report) for r in reports]
+        if (problem := first_error(found)) is not None:
+            return Verdict(error=problem, next_meeting=self._cadence.next_meeting(step, now))
+        verdict = Verdict(replan=any(r.replan for r in found), serial=self._serial + 1)
         last = self._last
         failure = last.unseen_error() if last is not None and last.finished else None
         if last is not None and failure is not None:
-            last.mark_seen()
+            verdict.told = True
             if isinstance(failure, GpumoveError) and failure.code == "config.torn":
                 self.failed += 1
                 _log.warning("the save of step %d is discarded and taken again: %s", last.step, failure)
@@ -320,9 +323,8 @@ class Checkpointer:
 
     def _raise(self, error: tuple[str, str, str]) -> None:
         """The same error on all ranks; on rank 0 it is the original."""
-        if self._peers.rank == 0 and self._last is not None and self._last.error is not None:
-            raise self._last.error
-        raise rebuild(error)
+        original = None if self._last is None else self._last.error
+        raise original if original is not None and describe(original) == error else rebuild(error)
 
     def _take_trace(self) -> list[tuple[int, Any]]:
         """What was recorded since the last commit."""

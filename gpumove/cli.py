@@ -210,8 +210,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
-        prog="gpumove",
-        description="Moves running PyTorch training jobs between GPU clouds. This looks after their runs.",
+        prog="gpumove", description="Looks after the checkpoints of running PyTorch jobs.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"gpumove {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)

@@ -138,6 +138,8 @@ def show_overview(screen: Screen, data: Overview) -> None:
         screen.line("")
         screen.table(heads, (_row(row, data) for row in data.checkpoints), right="rrrrrrrll")
         screen.line("")
+    for found in data.broken:
+        screen.line((f"log entry {found.number} cannot be read", "bold red"), f": {found.error}")
     if data.resume.entry is None:
         screen.line(("resume ", "bold"), data.resume.why)
     else:

@@ -19,7 +19,8 @@ from gpumove.errors import ConfigError, GpumoveError, IntegrityError, ObjectNotF
 from gpumove.format import keys
 from gpumove.format.codec import digest
 from gpumove.format.manifest import FORMAT, Checkpoint, LogEntry, Manifest, PartRef, encode
-from gpumove.store.log import Log, View
+from gpumove.store.log import Log
+from gpumove.store.view import View
 
 _POLL_S = (0.02, 1.0)
 _CHANCE = random.SystemRandom()  # python's global generator belongs to the training job, and is in its checkpoints

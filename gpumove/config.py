@@ -33,7 +33,7 @@ class Config:
     keep_every: int | None = None
     """Retention also keeps every checkpoint whose step is a multiple of this."""
     codec: str = "auto"
-    """``"auto"``, ``"raw"`` or ``"zstd"``. A chunk that does not shrink is stored raw whatever this says."""
+    """``"raw"``, ``"zstd"``, or ``"auto"``: zstd where a sample shrinks to half. What does not shrink is stored raw."""
     overlap: bool = True
     """Copy beside forward and backward, waited for before the next optimizer step. ``False`` copies at once."""
     budget_bytes: int = 256 * _MIB

@@ -14,6 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -148,14 +149,13 @@ def _disk() -> Check:
 
 
 def _store(url: str, config: Config, storage_options: Mapping[str, Any] | None) -> Iterator[Check]:
-    """Each check builds on the one before: the first failure ends the list."""
+    """Each check builds on the one before: a store that fails is not asked further."""
     # Whoever asks for a diagnosis does not want to wait as long as a training job would.
     config = config.replace(retry_s=min(config.retry_s, _PATIENCE_S), deadline_s=min(config.deadline_s, _PATIENCE_S))
-    name = "address"
     try:
         store = Store.open(url, config, options=storage_options)
     except GpumoveError as error:
-        yield _failure(name, error)
+        yield _failure("address", error)
         return
     steps: tuple[tuple[str, Callable[[Store], Check]], ...] = (
         ("reach", _reach),
@@ -164,14 +164,15 @@ def _store(url: str, config: Config, storage_options: Mapping[str, Any] | None) 
         ("write", _write),
         ("rate", _rate),
     )
-    try:
-        yield Check(name, "ok", store.url)
-        for name, look in steps:  # noqa: B007 - read after the loop, in the handler
-            yield look(store)
-    except GpumoveError as error:
-        yield _failure(name, error)
-    finally:
-        store.close()
+    with closing(store):
+        yield Check("address", "ok", store.url)
+        for name, look in steps:
+            try:
+                yield look(store)
+            except GpumoveError as error:
+                yield _failure(name, error)
+                if isinstance(error, StoreError):
+                    return
 
 
 def _reach(store: Store) -> Check:

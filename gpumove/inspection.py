@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 from gpumove.config import Config
 from gpumove.errors import ConfigError, IntegrityError, ObjectNotFoundError
 from gpumove.format import keys
-from gpumove.format.manifest import Checkpoint, Collect, LogEntry, decode_checked
-from gpumove.store.log import Log, View
+from gpumove.format.manifest import Checkpoint, LogEntry, decode_checked
+from gpumove.store.log import Log
 from gpumove.store.objects import Store
+from gpumove.store.view import Broken, View
 from gpumove.survey import Progress, Survey
 
 
@@ -151,9 +153,9 @@ def verify(
         if deep:
             survey.check_packs(progress or (lambda done, total: None))
         survey.name_tensors()
-        if survey.findings and not damage:
+        if survey.findings:
             # Retention may have run meanwhile: what it dropped is gone, not damaged.
-            live = {c.number for c in log.read().checkpoints}
+            live = {c.number for c in _read_log(log)[0].checkpoints}
             chosen = tuple(c for c in chosen if c.number in live)
         damage += _damage(survey, chosen)
     broken = set[int]().union(*(finding.entries for finding in survey.findings.values()))
@@ -197,28 +199,39 @@ def _check_format(log: Log) -> list[Damage]:
 
 
 def _read_log(log: Log) -> tuple[View, list[Damage]]:
-    """The log's view; if it is damaged, what its readable entries say, and every entry that is not."""
+    """The log's view and what is wrong with it; if it has holes, what its readable entries say."""
     try:
-        return log.read(), []
+        view = log.read()
+        return view, _broken(view)
     except IntegrityError as error:
-        view, damage = _salvage(log.store)
-        return view, damage or [Damage("log", str(error), error.code)]
+        view, holes = _salvage(log.store)
+        return view, [*_broken(view), *holes] or [Damage("log", str(error), error.code)]
 
 
-def _salvage(store: Store) -> tuple[View, list[Damage]]:
-    view, damage = View(), []
-    present = {n for o in store.list("log/") if (n := keys.entry_number(o.key)) is not None}
-    entries: list[LogEntry] = []
-    for number in range(min(present, default=1), max(present, default=0) + 1):
+def _broken(view: View) -> list[Damage]:
+    return [Damage(keys.entry_key(b.number), b.error, "integrity.record") for b in view.broken]
+
+
+def _salvage(store: Store, *, threads: int = 16) -> tuple[View, list[Damage]]:
+    """What can be read of a log that as a whole cannot, and its holes."""
+
+    def read(number: int) -> LogEntry | Broken | None:
         key = keys.entry_key(number)
         try:
-            entries.append(decode_checked(LogEntry, store.get(key), key=key))  # type: ignore[arg-type]
+            return decode_checked(LogEntry, store.get(key), key=key)  # type: ignore[arg-type]
         except ObjectNotFoundError:
-            damage.append(Damage(key, "the log has a hole: this entry is missing", "integrity.log_hole"))
+            return None
         except IntegrityError as error:
-            damage.append(Damage(key, str(error), error.code))
-    first = max((e.number for e in entries if isinstance(e, Collect)), default=1)
+            return Broken(number, str(error))
+
+    present = [n for o in store.list("log/") if (n := keys.entry_number(o.key)) is not None]
+    numbers = range(min(present, default=1), max(present, default=0) + 1)
+    with ThreadPoolExecutor(threads) as pool:
+        entries = list(pool.map(read, numbers))
+    view = View()
     for entry in entries:
-        view = view.extended(entry)
-    # What lies below the newest gc entry is dead weight, and may be missing.
-    return view, [d for d in damage if (keys.entry_number(d.object) or 0) >= first]
+        view = view if entry is None else view.extended(entry)
+    # What lies below the newest gc entry is dead weight, and may be missing; without one, number 1 is the first.
+    holes = [1] if view.first == 1 < numbers.start else []
+    holes += [n for n, entry in zip(numbers, entries) if entry is None and n >= view.first]
+    return view, [Damage(keys.entry_key(n), "it is missing: the log has a hole", "integrity.log_hole") for n in holes]

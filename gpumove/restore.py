@@ -6,20 +6,16 @@ shards, without talking to anybody. Every chunk is verified before it is copied 
 
 from __future__ import annotations
 
-import base64
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
-import numpy as np
 import torch
 
 from gpumove.config import Config
-from gpumove.errors import ConfigError, IntegrityError, ObjectNotFoundError
-from gpumove.format.codec import check_digest, decode
+from gpumove.errors import ConfigError, IntegrityError
+from gpumove.fetch import Wanted, fetch
 from gpumove.format.manifest import Checkpoint, Manifest, Part, TensorEntry
 from gpumove.save import ChunkKey
 from gpumove.state.capture import Saved, Targets
@@ -27,27 +23,6 @@ from gpumove.state.members import Meta, RngMember
 from gpumove.state.plan import Box, intersect, local_box, local_tensor
 from gpumove.store.objects import Store
 from gpumove.store.records import Ref, read_manifest, read_parts
-
-_GAP = 256 << 10
-"""Ranges closer than this are fetched as one: a request costs more than the bytes between."""
-_RANGE = 16 << 20
-
-
-class _Need(NamedTuple):
-    """A chunk that is needed, and the live tensors that take parts of it."""
-
-    fqn: str
-    ref: Ref
-    dtype: torch.dtype
-    uses: list[tuple[torch.Tensor, Box, Box]]
-    """(local tensor, its box in the whole, the part to copy)."""
-
-
-class _Range(NamedTuple):
-    key: str
-    start: int
-    stop: int
-    needs: list[_Need]
 
 
 @dataclass
@@ -136,144 +111,40 @@ def fill(store: Store, contents: Contents, targets: Targets, *, config: Config) 
     Raises:
         IntegrityError: an object is damaged, truncated or missing; the message names it. Targets may be part filled.
     """
-    needs = _needs(targets.tensors, contents.tensors) + _needs(targets.local, contents.local)
-    stored = [need for need in needs if need.ref.chunk.inline is None]
-    with torch.no_grad():
-        for need in needs:
-            if need.ref.chunk.inline is not None:
-                _place(need, _inline(need))
-        return _fetch(store, _ranges(stored), config)
+    wanted = _wanted(targets.tensors, contents.tensors) + _wanted(targets.local, contents.local)
+    return fetch(store, wanted, config=config)
 
 
-def _needs(targets: Mapping[str, torch.Tensor], stored: Mapping[str, list[Ref]]) -> list[_Need]:
+def _wanted(targets: Mapping[str, torch.Tensor], stored: Mapping[str, list[Ref]]) -> list[Wanted]:
     """Which chunks intersect which targets; all elements of every target must be there."""
-    needs = []
+    found = []
     for fqn, tensor in targets.items():
         box, local = local_box(fqn, tensor), local_tensor(tensor.detach())
-        found = 0
+        covered = 0
         for ref in stored.get(fqn, ()):
-            common = intersect(box, Box(ref.chunk.offset, ref.chunk.shape))
-            if common is not None:
-                found += common.volume()
-                needs.append(_Need(fqn, ref, local.dtype, [(local, box, common)]))
-        if found != box.volume():
+            chunk = Box(ref.chunk.offset, ref.chunk.shape)
+            if (common := intersect(box, chunk)) is not None:
+                covered += common.volume()
+                into = local[_within(common, box.offset)]
+                use = partial(_place, into=into, chunk=chunk, part=common)
+                found.append(Wanted(fqn, ref, chunk.volume() * local.dtype.itemsize, use))
+        if covered != box.volume():
             raise IntegrityError(
-                f"the checkpoint has {found} of the {box.volume()} elements of {fqn} that this rank needs",
+                f"the checkpoint has {covered} of the {box.volume()} elements of {fqn} that this rank needs",
                 code="integrity.cover",
             )
-    return needs
+    return found
 
 
-def _ranges(needs: Iterable[_Need]) -> list[_Range]:
-    """Needs grouped by pack, neighbours joined; chunks that two tensors need (tied weights) are fetched once."""
-    by_pack: dict[str, dict[tuple[int, int], list[_Need]]] = defaultdict(lambda: defaultdict(list))
-    for need in needs:
-        by_pack[need.ref.pack.key][need.ref.chunk.at, need.ref.chunk.length].append(need)
-    ranges: list[_Range] = []
-    for key, spots in by_pack.items():
-        open_range: _Range | None = None
-        for at, length in sorted(spots):
-            if open_range and at <= open_range.stop + _GAP and at + length - open_range.start <= _RANGE:
-                stop = max(open_range.stop, at + length)
-                open_range = _Range(key, open_range.start, stop, open_range.needs + spots[at, length])
-                ranges[-1] = open_range
-            else:
-                # Rounded down, so that chunks keep in the buffer the alignment that they have in the object.
-                open_range = _Range(key, at & ~63, at + length, list(spots[at, length]))
-                ranges.append(open_range)
-    return sorted(ranges, key=lambda r: r.start - r.stop)
-
-
-class _Buffers(threading.local):
-    """One reused buffer per thread: fresh memory costs more to touch than to fill."""
-
-    def __init__(self) -> None:
-        self.fetched = bytearray()
-        self.decoded = bytearray()
-
-    def take(self, name: str, nbytes: int) -> memoryview:
-        if len(getattr(self, name)) < nbytes:
-            setattr(self, name, bytearray(nbytes))
-        return memoryview(getattr(self, name))[:nbytes]
-
-
-def _fetch(store: Store, ranges: Sequence[_Range], config: Config) -> int:
-    """Fetch, verify, decode and place, with one range in hand per thread."""
-    buffers = _Buffers()
-    widest = max((r.stop - r.start for r in ranges), default=1)
-    threads = max(1, min(config.concurrency, config.budget_bytes // (2 * widest), len(ranges)))
-    stop = threading.Event()
-
-    def work(span: _Range) -> int:
-        if stop.is_set():
-            return 0
-        try:
-            _take(store, span, buffers)
-        except BaseException:
-            stop.set()
-            raise
-        return span.stop - span.start
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="gpumove-get") as pool:
-        return sum(pool.map(work, ranges))
-
-
-def _take(store: Store, span: _Range, buffers: _Buffers) -> None:
-    where = f"{store.url}/{span.key}"
-    try:
-        out = buffers.take("fetched", span.stop - span.start)
-        (got,) = store.get_ranges(span.key, [(span.start, span.stop)], [out])
-    except ObjectNotFoundError as error:
-        raise IntegrityError(f"{where} is missing, and a committed checkpoint needs it") from error
-    got = memoryview(got)
-    if got.readonly:  # torch makes tensors of writable memory only; the copy is quicker than the hash that follows
-        np.copyto(np.frombuffer(out, np.uint8), np.frombuffer(got, np.uint8))
-        got = out
-    with torch.no_grad():
-        for need in span.needs:
-            chunk = need.ref.chunk
-            stored = got[chunk.at - span.start : chunk.at - span.start + chunk.length]
-            try:
-                _place(need, _decoded(need, stored, buffers))
-            except IntegrityError as error:
-                raise IntegrityError(
-                    f"{where} is damaged at bytes {chunk.at} to {chunk.at + chunk.length} ({need.fqn}): {error}",
-                    code="integrity.chunk",
-                ) from error
-
-
-def _chunk_bytes(need: _Need) -> int:
-    return Box(need.ref.chunk.offset, need.ref.chunk.shape).volume() * need.dtype.itemsize
-
-
-def _decoded(need: _Need, stored: memoryview, buffers: _Buffers) -> memoryview:
-    chunk, nbytes = need.ref.chunk, _chunk_bytes(need)
-    if chunk.codec == "raw/1" and len(stored) == nbytes:
-        check_digest(stored, chunk.digest)
-        return stored
-    out = buffers.take("decoded", nbytes)
-    decode(chunk.codec, stored, out, expected=chunk.digest)
-    return out
-
-
-def _inline(need: _Need) -> memoryview:
-    data = base64.b64decode(need.ref.chunk.inline or "")
-    if len(data) != _chunk_bytes(need):
-        raise IntegrityError(f"{need.fqn} travels inline with {len(data)} bytes instead of {_chunk_bytes(need)}")
-    return memoryview(bytearray(data))
-
-
-def _place(need: _Need, data: memoryview) -> None:
-    """Copy the parts of a decoded chunk to where they belong."""
-    chunk = need.ref.chunk
-    if not len(data):
-        return
+def _place(data: memoryview, *, into: torch.Tensor, chunk: Box, part: Box) -> None:
+    """Copy the needed part of a decoded chunk to where it belongs."""
+    if data.readonly:
+        data = memoryview(bytearray(data))  # torch makes tensors of writable memory only
     flat = torch.frombuffer(data, dtype=torch.uint8)
-    if flat.data_ptr() % need.dtype.itemsize:
+    if flat.data_ptr() % into.dtype.itemsize:
         flat = flat.clone()  # vector instructions fault on what is not aligned
-    source = flat.view(need.dtype).view(chunk.shape)
-    for local, box, part in need.uses:
-        local[_within(part, box.offset)].copy_(source[_within(part, chunk.offset)])
+    with torch.no_grad():
+        into.copy_(flat.view(into.dtype).view(chunk.shape)[_within(part, chunk.offset)])
 
 
 def _within(part: Box, origin: Sequence[int]) -> tuple[slice, ...]:

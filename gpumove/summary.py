@@ -12,9 +12,10 @@ from gpumove.config import Config
 from gpumove.fetch import chunk_bytes, item_bytes
 from gpumove.format.manifest import Checkpoint, Manifest, Part, PartRef, TensorEntry
 from gpumove.format.pack import shape_bytes
-from gpumove.store.log import Log, View
+from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from gpumove.store.records import read_manifest, read_parts
+from gpumove.store.view import Broken, View
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Overview:
     writer: str
     now: float
     checkpoints: tuple[Row, ...]
+    broken: tuple[Broken, ...]
+    """Log entries that cannot be read; what they said is lost."""
     resume: Resume
 
 
@@ -67,7 +70,7 @@ def overview(log: Log) -> Overview:
     rows = tuple(_row(log.store, view, c, sizes.get(c.manifest_key)) for c in view.checkpoints)
     return Overview(
         url=log.store.url, run=log.run, head=view.head, epoch=view.epoch, host=view.host, writer=view.writer,
-        now=time.time(), checkpoints=rows, resume=_resume(rows),
+        now=time.time(), checkpoints=rows, broken=view.broken, resume=_resume(rows),
     )  # fmt: skip
 
 

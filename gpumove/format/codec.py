@@ -18,8 +18,8 @@ from gpumove.errors import ConfigError, IntegrityError
 Buffer = bytes | bytearray | memoryview
 
 _SAMPLE_BYTES = 64 << 10
-_WORTH = 0.9
-"""zstd reads at a fraction of memory speed: below ten per cent saved, raw is the better bargain."""
+_WORTH = 0.5
+"""zstd works at a fraction of the speed of a disk or a good link, so "auto" uses it only on what shrinks to half."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,16 @@ def _decode_raw(stored: memoryview, out: memoryview) -> None:
 
 
 def _encode_zstd(data: memoryview) -> Buffer | None:
-    compress = _contexts.compressor.compress
-    if len(data) > 4 * _SAMPLE_BYTES:
-        # Three samples tell noise from structure for a few per cent of the cost of compressing it all.
-        third = len(data) // 3
-        sample = [data[i : i + _SAMPLE_BYTES // 3] for i in (0, third, 2 * third)]
-        if sum(len(compress(s)) for s in sample) > _WORTH * sum(map(len, sample)):
-            return None
-    stored = compress(data)
-    return stored if len(stored) < _WORTH * len(data) else None
+    return _contexts.compressor.compress(data)
+
+
+def _encode_if_worth(data: memoryview) -> Buffer | None:
+    """Three samples tell noise from structure for a few per cent of the cost of compressing it all."""
+    third = len(data) // 3
+    sample = [data[i : i + _SAMPLE_BYTES // 3] for i in (0, third, 2 * third)]
+    if sum(len(_encode_zstd(s) or b"") for s in sample) > _WORTH * sum(map(len, sample)):
+        return None
+    return _encode_zstd(data)
 
 
 def _decode_zstd(stored: memoryview, out: memoryview) -> None:
@@ -100,8 +101,9 @@ def _fill(reader: zstandard.ZstdDecompressionReader, out: memoryview) -> int:
 
 RAW = Codec("raw/1", _encode_raw, _decode_raw)
 ZSTD = Codec("zstd/1", _encode_zstd, _decode_zstd)
+ZSTD_IF_WORTH = Codec("zstd/1", _encode_if_worth, _decode_zstd)
 _REGISTRY = {codec.name: codec for codec in (RAW, ZSTD)}
-_CHOICES = {"raw": (), "zstd": (ZSTD,), "auto": (ZSTD,)}
+_CHOICES: dict[str, tuple[Codec, ...]] = {"raw": (), "zstd": (ZSTD,), "auto": (ZSTD_IF_WORTH,)}
 
 
 def find(name: str) -> Codec:

@@ -15,6 +15,7 @@ from gpumove.errors import ConfigError, LayoutError
 from gpumove.state.members import Member, Meta, ModelMember, ObjectMember, RngMember, Tensors
 from gpumove.state.optimizer import OptimizerMember
 from gpumove.state.peers import process_rank
+from gpumove.state.plan import listed
 from gpumove.state.values import dtype_name, tensor_names, unflatten
 
 
@@ -136,7 +137,7 @@ class Job:
             problems.append(f"the checkpoint also holds {', '.join(stray)}, which no live object takes: pass it")
         if problems:
             raise LayoutError(
-                f"the checkpoint and the live objects differ in {len(problems)} places: " + "; ".join(problems)
+                f"the checkpoint and the live objects differ in {len(problems)} places: " + listed(problems)
             )
         return self._with_values(saved, Targets(targets, local))
 

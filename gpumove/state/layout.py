@@ -60,7 +60,8 @@ class Planner:
         """Whether a plan made earlier no longer fits what is there now on this rank."""
         if self.agreed is None or len(capture.sources) != len(self._sources):
             return True
-        if all(a is b for a, b in zip(capture.sources, self._sources)):
+        # Members without tensors hand out a new empty dict every time.
+        if all(a is b or not (a or b) for a, b in zip(capture.sources, self._sources)):
             return False
         present = _describe(capture, probe=False)
         if present != tuple(s._replace(probe="") for s in self.agreed.shards):
@@ -74,7 +75,13 @@ class Planner:
         Raises:
             LayoutError: the ranks' shards do not make whole tensors; on every rank alike.
         """
-        shards = _describe(capture, probe=self._peers.world_size > 1)
+        shards: tuple[Shard, ...] = ()
+
+        def describe() -> None:
+            nonlocal shards
+            shards = _describe(capture, probe=self._peers.world_size > 1)
+
+        self._peers.agree("the description of the layout", describe)
         answers: list[bytes] = []
         gathered = self._peers.gather(msgspec.msgpack.encode(shards))
         if self._peers.rank == 0:

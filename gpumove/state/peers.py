@@ -6,14 +6,15 @@ NCCL would put checkpoint traffic into the GPU's queue. Every wait is bounded an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import msgspec
 import torch
 import torch.distributed as dist
 
-from gpumove.errors import GpumoveError, StoreError, describe, rebuild
+from gpumove.errors import ConfigError, StoreError, describe, rebuild
 
 
 class Peers:
@@ -32,7 +33,13 @@ class Peers:
 
         Raises:
             StoreError: some are not, within the timeout; it names them (code ``store.peers``).
+            ConfigError: the process group is not the one that was there when this was made.
         """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.world_size:
+            raise ConfigError(
+                f"the process group has {dist.get_world_size()} ranks, and had {self.world_size} when the Checkpointer "
+                "was made: call init_process_group before making the Checkpointer"
+            )
         if self._group is None:
             return
         try:
@@ -45,11 +52,12 @@ class Peers:
         if self._group is None:
             return [message]
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(message)]), group=self._group)
-        width = max(int(n) for n in sizes)
-        mine = _tensor(message.ljust(width, b"\0"))
-        into = [torch.empty(width, dtype=torch.uint8) for _ in sizes] if self.rank == 0 else None
-        dist.gather(mine, into, dst=0, group=self._group)
+        with _bounded():
+            dist.all_gather(sizes, torch.tensor([len(message)]), group=self._group)
+            width = max(int(n) for n in sizes)
+            mine = _tensor(message.ljust(width, b"\0"))
+            into = [torch.empty(width, dtype=torch.uint8) for _ in sizes] if self.rank == 0 else None
+            dist.gather(mine, into, dst=0, group=self._group)
         return [bytes(t.numpy())[: int(n)] for t, n in zip(into or [], sizes)]
 
     def broadcast(self, message: bytes) -> bytes:
@@ -57,9 +65,10 @@ class Peers:
         if self._group is None:
             return message
         size = torch.tensor([len(message)])
-        dist.broadcast(size, src=0, group=self._group)
-        body = _tensor(message) if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(body, src=0, group=self._group)
+        with _bounded():
+            dist.broadcast(size, src=0, group=self._group)
+            body = _tensor(message) if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(body, src=0, group=self._group)
         return bytes(body.numpy())
 
     def scatter(self, messages: list[bytes]) -> bytes:
@@ -69,23 +78,25 @@ class Peers:
         sizes = torch.zeros(self.world_size, dtype=torch.int64)
         if self.rank == 0:
             sizes = torch.tensor([len(m) for m in messages])
-        dist.broadcast(sizes, src=0, group=self._group)
-        width = int(sizes.max())
-        mine = torch.empty(width, dtype=torch.uint8)
-        rows = [_tensor(m.ljust(width, b"\0")) for m in messages] if self.rank == 0 else None
-        dist.scatter(mine, rows, src=0, group=self._group)
+        with _bounded():
+            dist.broadcast(sizes, src=0, group=self._group)
+            width = int(sizes.max())
+            mine = torch.empty(width, dtype=torch.uint8)
+            rows = [_tensor(m.ljust(width, b"\0")) for m in messages] if self.rank == 0 else None
+            dist.scatter(mine, rows, src=0, group=self._group)
         return bytes(mine.numpy())[: int(sizes[self.rank])]
 
-    def agree(self, work: Callable[[], None]) -> None:
-        """Do the same work on all ranks; if it fails on one, raise that error on all of them.
+    def agree(self, where: str, work: Callable[[], None]) -> None:
+        """Do the same work on all ranks and meet; if it fails on one, raise that error on all of them.
 
         Anything but an IntegrityError weighs more than one, since only damage has a fall-back.
         """
-        mine: GpumoveError | None = None
+        mine: Exception | None = None
         try:
             work()
-        except GpumoveError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
             mine = error
+        self.meet(where)
         answers = self.gather(msgspec.msgpack.encode(describe(mine) if mine else None))
         verdict = b""
         if self.rank == 0:
@@ -105,6 +116,15 @@ class Peers:
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Name what torch's collectives raise when a rank is lost or late after it was at the barrier."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StoreError(f"another rank was lost while all met: {_first_line(error)}", code="store.peers") from error
 
 
 def process_rank() -> int:

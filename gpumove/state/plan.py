@@ -173,29 +173,45 @@ def _check_cover(
     layouts: Sequence[Sequence[Shard]], holders: dict[tuple[str, Ints, Ints], list[tuple[int, int]]]
 ) -> None:
     """Every tensor covered exactly, by replicas that agree; else all problems in one error."""
-    problems: list[str] = []
     boxes: dict[str, list[Box]] = defaultdict(list)
     first: dict[str, tuple[int, Shard]] = {}
+    where: dict[str, set[int]] = defaultdict(set)
+    unlike: dict[tuple[str, str], list[int]] = defaultdict(list)
     for (fqn, offset, box), places in holders.items():
         boxes[fqn].append(Box(offset, box))
         for rank, index in places:
             shard = layouts[rank][index]
+            where[fqn].add(rank)
             rank0, shard0 = first.setdefault(fqn, (rank, shard))
             if (shard.shape, shard.dtype) != (shard0.shape, shard0.dtype):
-                problems.append(
-                    f"{fqn} is {shard0.dtype}{list(shard0.shape)} on rank {rank0} "
-                    f"and {shard.dtype}{list(shard.shape)} on rank {rank}"
-                )
+                here, there = (f"{s.dtype}{list(s.shape)}" for s in (shard, shard0))
+                unlike[fqn, f"is {there} on rank {rank0} and {here} on rank"].append(rank)
             elif shard.probe != shard0.probe and shard.box == shard0.box:
-                problems.append(
-                    f"{fqn} has different values on ranks {rank0} and {rank} although neither shards it: "
-                    "shard it (DTensor), name it differently on each rank, or pass its owner in objects="
-                )
+                unlike[fqn, f"has different values on ranks {rank0} and"].append(rank)
+    problems = [f"{fqn} {what} {_some(ranks)}" for (fqn, what), ranks in unlike.items()]
     for fqn, found in boxes.items():
         if problem := cover_problem(first[fqn][1].shape, found):
             problems.append(f"{fqn} {problem}")
+        # Saved it would be, but no rank could restore it: each would miss what only the others have.
+        if len(where[fqn]) < len(layouts):
+            absent = sorted(set(range(len(layouts))) - where[fqn])
+            problems.append(f"{fqn} does not exist on rank {_some(absent)}")
     if problems:
-        raise LayoutError("the ranks' shards do not make whole tensors: " + "; ".join(sorted(set(problems))))
+        raise LayoutError(
+            f"the ranks' shards do not make whole tensors: {listed(sorted(problems))}. Every rank must have every "
+            "tensor, whole and equal or its shard of it (DTensor); what is a rank's own belongs into a buffer"
+        )
+
+
+def _some(ranks: Sequence[int]) -> str:
+    """At most eight ranks."""
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Problems as one text; a thousand of them tell no more than fifty."""
+    more = f"; and {len(problems) - 50} more" if len(problems) > 50 else ""
+    return "; ".join(problems[:50]) + more
 
 
 def cover_problem(shape: Ints, boxes: Sequence[Box]) -> str | None:

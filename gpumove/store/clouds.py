@@ -6,7 +6,10 @@ It makes one call per method, without retries; it knows keys and bytes, and neve
 from __future__ import annotations
 
 import abc
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+import bisect
+import io
+import itertools
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gpumove.config import Config
@@ -15,7 +18,7 @@ from gpumove.store.address import Address
 from gpumove.store.backends import Backend
 
 T = TypeVar("T")
-_SLICE = 256 << 10  # bytes copied at a time: the interpreter is held for some 30 us
+SLICE = 256 << 10  # bytes copied at a time: the interpreter is held for some 30 us
 
 
 class RefusedError(Exception):
@@ -25,6 +28,51 @@ class RefusedError(Exception):
         super().__init__(f"{status} {code}: {text}" if code else f"{status}: {text}")
         self.status = status
         self.code = code
+
+
+class Gather(io.RawIOBase):
+    """Buffers as one seekable file, without joining them: each read copies one piece of at most ``most`` bytes."""
+
+    def __init__(self, data: Sequence[memoryview], most: int) -> None:
+        super().__init__()
+        self._data = [view for view in data if view.nbytes]
+        self._ends = list(itertools.accumulate(view.nbytes for view in self._data))
+        self._most = most
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes: what sends it may start again."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes before the next read."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As for any file."""
+        size = self._ends[-1] if self._ends else 0
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: size}[whence]
+        self._at = max(0, min(size, base + offset))
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Fewer bytes than asked for, if that is more than ``most``; callers loop."""
+        left = self._most if size is None or size < 0 else min(size, self._most)
+        pieces = []
+        index = bisect.bisect_right(self._ends, self._at)
+        while left and index < len(self._data):
+            view = self._data[index]
+            start = self._at - (self._ends[index] - view.nbytes)
+            piece = view[start : start + left]
+            pieces.append(piece)
+            self._at += piece.nbytes
+            left -= piece.nbytes
+            index += 1
+        return b"".join(pieces)
 
 
 class CloudBackend(Backend):
@@ -86,7 +134,8 @@ _DAMAGED = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzCont
 _QUOTA = ("QuotaExceeded", "quotaExceeded", "XMinioAdminBucketQuotaExceeded", "AccountStorageLimitExceeded")
 _SLOW = ("SlowDown", "ServerBusy", "TooManyRequests", "RequestLimitExceeded", "Throttling", "ThrottlingException")
 _SLOW_GOOGLE = ("rateLimitExceeded", "userRateLimitExceeded")
-_RACING = ("ConditionalRequestConflict", "OperationAborted")
+# Another create is under way; or two writers upload the same blocks of one object.
+_RACING = ("ConditionalRequestConflict", "OperationAborted", "InvalidBlockList", "InvalidBlobOrBlock")
 _TAKEN = ("PreconditionFailed", "BlobAlreadyExists", "ConditionNotMet", "UnauthorizedBlobOverwrite")
 _BY_CODE: dict[str, retry.Fault] = {
     **dict.fromkeys(_DAMAGED, retry.DAMAGED),
@@ -125,7 +174,7 @@ def judge_answer(status: int, code: str, *, text: str, verb: str) -> retry.Fault
 async def fill(read: Callable[[int], Awaitable[bytes]], view: memoryview) -> memoryview:
     """Read an answer's body into ``view``; the filled part. Nothing is joined and nothing is held twice."""
     at = 0
-    while chunk := await read(_SLICE):
+    while chunk := await read(SLICE):
         if at + len(chunk) > view.nbytes:
             raise retry.MismatchError(f"the answer has more than the {view.nbytes} bytes that were asked for")
         view[at : at + len(chunk)] = chunk
@@ -136,5 +185,5 @@ async def fill(read: Callable[[int], Awaitable[bytes]], view: memoryview) -> mem
 def slices(data: Iterator[memoryview]) -> Iterator[memoryview]:
     """The buffers in pieces that are small enough to hold the interpreter only shortly."""
     for view in data:
-        for start in range(0, view.nbytes, _SLICE):
-            yield view[start : start + _SLICE]
+        for start in range(0, view.nbytes, SLICE):
+            yield view[start : start + SLICE]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from gpumove.format import keys
 from gpumove.format.manifest import FORMAT, Checkpoint, Collect, LogEntry
-from gpumove.store.log import Log, View
+from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from gpumove.store.records import reachable
+from gpumove.store.view import View
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
@@ -209,8 +210,10 @@ class GcsBackend(CloudBackend):
         return super().fault(error, verb)
 
     def close(self) -> None:
-        """Dropped; the package closes its connections when nothing refers to them any more."""
-        self._fs = None
+        """Close the session on its own loop: gcsfs's finalizer would do it from this thread, which is not allowed."""
+        if session := self._fs._session:
+            with contextlib.suppress(Exception):
+                self._call(lambda fs: session.close(), 5.0)
 
 
 def _refused(status: int, body: bytes) -> RefusedError:

@@ -10,9 +10,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-
-import msgspec
 
 from gpumove.errors import ConfigError, FencedError, IntegrityError, ObjectNotFoundError, StoreError
 from gpumove.format import keys
@@ -29,69 +26,10 @@ from gpumove.format.manifest import (
     encode_checked,
 )
 from gpumove.store.objects import Store
+from gpumove.store.view import Broken, View, replay
 
 _BATCH = 32
 _MAX_CONFLICTS = 1000
-
-
-@dataclass(frozen=True)
-class Broken:
-    """An entry whose bytes cannot be read. What it said is lost; that it was there is not."""
-
-    number: int
-    error: str
-
-
-@dataclass(frozen=True)
-class View:
-    """What the live entries of a log say, up to ``head`` (0 for an empty log)."""
-
-    head: int = 0
-    epoch: int = 0
-    writer: str = ""
-    host: str = ""
-    checkpoints: tuple[Checkpoint, ...] = ()
-    resumed: int | None = None
-    """The entry that the newest epoch went on from, until it has a commit of its own."""
-    damaged: frozenset[int] = frozenset()
-    broken: tuple[Broken, ...] = ()
-    """Damaged entries. Each may have been a claim: epochs are counted past them."""
-    first: int = 1
-    """Number of the first live entry."""
-
-    def extended(self, entry: LogEntry | Broken) -> View:
-        """The view after one more entry."""
-        seen = replace(self, head=entry.number)
-        match entry:
-            case Broken():
-                return replace(seen, broken=(*self.broken, entry))
-            case Claim():
-                return replace(seen, epoch=entry.epoch, writer=entry.writer, host=entry.host, resumed=None)
-            case Checkpoint():
-                return replace(seen, checkpoints=(*self.checkpoints, entry), resumed=None)
-            case Note():
-                return replace(
-                    seen,
-                    resumed=self.resumed if entry.resumed is None else entry.resumed,
-                    damaged=self.damaged | set(entry.damaged),
-                )
-            case Pin():
-                return replace(seen, checkpoints=tuple(_pinned(c, entry) for c in self.checkpoints))
-            case Collect():
-                # The gc entry carries the epoch that it was written in, so that claims below it are not missed.
-                return replace(
-                    seen, checkpoints=entry.kept, resumed=entry.resumed, first=entry.number, epoch=entry.epoch
-                )
-
-    def find(self, step: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint, or the newest one of a step."""
-        return next((c for c in reversed(self.checkpoints) if step is None or c.step == step), None)
-
-
-def _pinned(checkpoint: Checkpoint, pin: Pin) -> Checkpoint:
-    if checkpoint.number != pin.checkpoint:
-        return checkpoint
-    return msgspec.structs.replace(checkpoint, pinned=pin.pinned)
 
 
 class Log:
@@ -161,7 +99,7 @@ class Log:
                 batch = range(max(1, top - _BATCH + 1), top + 1)
                 entries[:0] = [e for e in pool.map(lambda n: self._entry(n, present), batch) if e is not None]
                 top = batch[0] - 1
-        return _replay(entries, head)
+        return replay(entries, head)
 
     def _entry(self, number: int, present: set[int]) -> LogEntry | Broken | None:
         """One entry; None if it is not there, asked for by its key since a listing is no snapshot."""
@@ -279,25 +217,6 @@ class Log:
                 checkpoint=checkpoint.number, pinned=pinned,
             )
         )  # fmt: skip
-
-
-def _replay(entries: Sequence[LogEntry | Broken], head: int) -> View:
-    """Fold entries into a view, starting at the newest gc entry, and look for holes."""
-    start = max((i for i, e in enumerate(entries) if isinstance(e, Collect)), default=0)
-    live = entries[start:]
-    first = live[0].number if live and isinstance(live[0], Collect) else 1
-    if missing := sorted(set(range(first, head + 1)) - {e.number for e in live}):
-        raise IntegrityError(
-            f"the log has a hole: {keys.entry_key(missing[0])} is missing"
-            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + f", while {keys.entry_key(head)} exists. Restore the object from the store's versions, or copy the run "
-            "up to the hole to a new URL",
-            code="integrity.log_hole",
-        )
-    view = View()
-    for entry in live:
-        view = view.extended(entry)
-    return view
 
 
 def _say(checkpoint: Checkpoint | None) -> str:

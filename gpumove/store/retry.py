@@ -91,6 +91,8 @@ def judge(error: BaseException) -> Fault:
     """What a failure means that says nothing of a cloud; cloud back ends ask their own rules first."""
     if isinstance(error, MismatchError):
         return DAMAGED
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):  # unlike other TLS errors, this one does not pass
+        return Fault("permanent", "store.refused", "its TLS certificate is not trusted here; check the CA settings")
     if "Timeout" in type(error).__name__ and not isinstance(error, OSError):
         return STALLED
     if isinstance(error, OSError):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from gpumove.config import Config
 from gpumove.store import retry
 from gpumove.store.address import Address
 from gpumove.store.backends import Buffer, ObjectInfo, Ranges
-from gpumove.store.clouds import NO_CREDENTIALS, CloudBackend, RefusedError, fill
+from gpumove.store.clouds import NO_CREDENTIALS, SLICE, CloudBackend, Gather, RefusedError, fill
 
 _NAMES: dict[str, retry.Fault] = {
     "NoCredentialsError": NO_CREDENTIALS,
@@ -34,47 +33,6 @@ _NAMES: dict[str, retry.Fault] = {
     "NoRegionError": retry.Fault("permanent", "store.refused", "set the region of the bucket"),
 }
 _SMALL = 64 << 10
-
-
-class _Gather(io.RawIOBase):
-    """Buffers as one seekable file, without joining them: each read copies one small piece."""
-
-    def __init__(self, data: Sequence[memoryview]) -> None:
-        super().__init__()
-        self._data = [view for view in data if view.nbytes]
-        self._size = sum(view.nbytes for view in self._data)
-        self.seek(0)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: getattr(self, "_at", 0), io.SEEK_END: self._size}[whence]
-        self._at = left = max(0, min(self._size, base + offset))
-        self._index = 0
-        while self._index < len(self._data) and left >= self._data[self._index].nbytes:
-            left -= self._data[self._index].nbytes
-            self._index += 1
-        self._inner = left
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        """At most 256 KiB, whatever is asked for: callers loop, and a copy of it all is what this class avoids."""
-        if self._index == len(self._data):
-            return b""
-        view = self._data[self._index]
-        piece = bytes(view[self._inner : self._inner + min(256 << 10, size if size >= 0 else 1 << 62)])
-        self._inner += len(piece)
-        self._at += len(piece)
-        if self._inner == view.nbytes:
-            self._index, self._inner = self._index + 1, 0
-        return piece
 
 
 class S3Backend(CloudBackend):
@@ -123,7 +81,7 @@ class S3Backend(CloudBackend):
     def put(self, key: str, data: Sequence[memoryview], seconds: float) -> None:
         """One PUT that the server checks, then a HEAD that is compared with it."""
         sums, nbytes = self._sums(data), sum(view.nbytes for view in data)
-        body = _Gather(data) if nbytes > _SMALL else b"".join(data)
+        body = Gather(data, SLICE) if nbytes > _SMALL else b"".join(data)
 
         async def work(fs: Any) -> None:
             await self._api(fs, "put_object", Key=self._key(key), Body=body, **sums)

@@ -14,8 +14,9 @@ from gpumove.errors import ConfigError, FencedError, IntegrityError
 from gpumove.format import keys
 from gpumove.format.manifest import FORMAT, Checkpoint, Claim, LogEntry
 from gpumove.store.gc import Retention, collect
-from gpumove.store.log import Log, View
+from gpumove.store.log import Log
 from gpumove.store.objects import Store
+from gpumove.store.view import View
 
 
 @pytest.fixture

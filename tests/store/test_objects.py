@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import ssl
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from gpumove.errors import ConfigError, IntegrityError, ObjectNotFoundError, Sto
 from gpumove.store import retry
 from gpumove.store.address import Address, Scrubber, parse
 from gpumove.store.backends import Backend, MemoryBackend
-from gpumove.store.clouds import RefusedError, judge_answer
+from gpumove.store.clouds import Gather, RefusedError, judge_answer
 from gpumove.store.files import TEMP_SUFFIX, FileBackend, is_temporary
 from gpumove.store.objects import Store
 from tests.store.faults import Crash, FaultyStore
@@ -442,6 +443,27 @@ def test_calls_in_flight_are_bounded() -> None:
 def test_answers_are_judged(status: int, code: str, verb: str, kind: str, expected: str) -> None:
     fault = judge_answer(status, code, text="", verb=verb)
     assert (fault.kind, fault.code) == (kind, expected)
+
+
+def test_a_certificate_that_is_not_trusted_does_not_get_better() -> None:
+    assert retry.judge(ssl.SSLError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed")).kind == "permanent"
+    assert retry.judge(ssl.SSLError("[SSL: WRONG_VERSION_NUMBER]")).kind == "transient"
+
+
+@pytest.mark.parametrize("most", [1, 7, 64, 10_000])
+def test_buffers_read_as_one_file_without_being_joined(most: int) -> None:
+    blobs = [os.urandom(n) for n in (0, 1, 50, 0, 300, 7)]
+    whole = b"".join(blobs)
+    file = Gather([memoryview(blob) for blob in blobs], most)
+    assert file.seek(0, os.SEEK_END) == len(whole)
+    for start in (0, 1, 51, 57, 357, len(whole)):
+        file.seek(start)
+        got = b""
+        while piece := file.read(100):
+            assert len(piece) <= min(most, 100)
+            got += piece
+            assert file.tell() == start + len(got)
+        assert got == whole[start:]
 
 
 # --- stores that are no log homes ---
