@@ -107,17 +107,17 @@ def test_every_byte_of_a_small_object(sound: tuple[Path, dict[int, str]], tmp_pa
     url, truth = sound
     copy = tmp_path / "copy"
     shutil.copytree(url, copy)
-    for kind in ("entry", "manifest"):
-        victim = copy / objects(url, kind)[0].relative_to(url)
+    job = new_job(seed=3)
+    entry, manifest = (copy / objects(url, kind)[0].relative_to(url) for kind in ("entry", "manifest"))
+    for victim in (entry, manifest):
         whole = victim.read_bytes()
         for at in range(0, len(whole), 7):
             flip(victim, at, at % 8)
-            job = new_job(seed=3)
-            try:
-                step = gpumove.load(str(copy), model=job.model, optimizer=job.optimizer)
-                assert step == STEPS[0]
-            except IntegrityError as error:
-                assert victim.name in str(error)
+            if victim == entry:  # the commit before is the newest that can be read
+                assert gpumove.load(str(copy), model=job.model, optimizer=job.optimizer) == STEPS[0]
+            else:
+                with pytest.raises(IntegrityError, match=victim.name):
+                    gpumove.load(str(copy), model=job.model, optimizer=job.optimizer)
             victim.write_bytes(whole)
     assert restored(copy) == (STEPS[1], truth[STEPS[1]])
 
