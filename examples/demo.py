@@ -92,7 +92,7 @@ class Trainer:
     def live(self, name: str, *, run: str, every: int, kill: tuple[float, float] | None = None) -> Life:
         """One process of a run, to its end or until it is killed."""
         life = Life(name, self.out / f"{name}.jsonl")
-        life.record.touch()
+        life.record.write_bytes(b"")
         options = {**self.options, "every-steps": every, "url": self.out / run, "out": life.record}
         command = [sys.executable, "-m", "examples.train_gpt", *(f"--{k}={v}" for k, v in options.items())]
         env = {**os.environ, "GPUMOVE_EVERY_S": "none"}  # saves by steps only, however slow this machine is
@@ -138,31 +138,19 @@ class Trainer:
             yield False
 
 
-def checkpoints(run: Path) -> list[dict[str, Any]]:
-    """What the log of a run holds, oldest first. The format is public (docs/format.md): plain JSON will do."""
-    found: list[dict[str, Any]] = []
-    for path in sorted((run / "log").glob("*.json")):
-        entry = json.loads(path.read_bytes())
-        if entry["kind"] == "checkpoint":
-            found.append(entry)
-        elif entry["kind"] == "gc":
-            found = entry["kept"]
-    return found
-
-
 def has_open_save(run: Path) -> bool:
-    """Whether the newest attempt to save has left something, but is not committed."""
+    """Whether the newest attempt to save has left objects, but is not committed. The layout is docs/format.md's."""
     begun = {path.name for room in ("packs", "parts") for path in (run / room).glob("*")}
     begun |= {path.name[:17] for path in (run / "manifests").glob("*.json")}
-    committed = max((entry["attempt"] for entry in checkpoints(run)), default="")
+    committed = max((checkpoint.attempt for checkpoint in gpumove.checkpoints(str(run))), default="")
     return max(begun, default="") > committed
 
 
-def digest(url: Path, options: dict[str, int], step: int | None = None) -> str:
-    """Digest of all parameters and optimizer state of a checkpoint; every byte of it is verified on the way."""
+def digest(run: Path, options: dict[str, int]) -> str:
+    """Digest of all parameters and optimizer state in the newest checkpoint of a run."""
     model = GPT(context=options["context"], layers=options["layers"], width=options["width"])
     optimizer, _ = make_optimizer(model, options["steps"])
-    gpumove.load(str(url), step, model=model, optimizer=optimizer)
+    gpumove.load(str(run), model=model, optimizer=optimizer)
     found = blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         found.update(name.encode() + tensor.numpy().tobytes())
@@ -192,7 +180,7 @@ def differences(whole: Life, lives: Sequence[Life], digests: Sequence[str]) -> l
 def tell(whole: Life, lives: Sequence[Life], every: int) -> dict[str, Any]:
     """Print what happened, and return it in numbers."""
     table = Table(title="The processes", title_justify="left", title_style="bold")
-    for heading in ("process", "from step", "to step", "ended by", "done again", "saves", "seconds"):
+    for heading in ("process", "from", "to", "ended by", "done again", "saves", "seconds"):
         table.add_column(heading, justify="left" if heading in ("process", "ended by") else "right", no_wrap=True)
     again = [before.last - after.resumed for before, after in pairwise(lives)]
     for life, lost in zip([whole, *lives], [0, 0, *again]):
@@ -229,11 +217,10 @@ def tell(whole: Life, lives: Sequence[Life], every: int) -> dict[str, Any]:
 
 def prove(out: Path, options: dict[str, int], whole: Life, lives: Sequence[Life]) -> tuple[list[str], dict[str, Any]]:
     """Read back what both runs have left, and compare."""
-    kept = [entry["step"] for entry in checkpoints(out / "killed")]
-    for step in kept:
-        digest(out / "killed", options, step)  # raises if a byte is wrong
+    checked = gpumove.verify(str(out / "killed"), deep=True)
     digests = [digest(out / run, options) for run in ("uninterrupted", "killed")]
-    wrong = differences(whole, lives, digests)
+    steps = [checkpoint.step for checkpoint in checked.checkpoints]
+    wrong = differences(whole, lives, digests) + [f"{d.object}: {d.problem}" for d in checked.damage]
     compared = sum(len(life.losses) for life in lives)
     good = [
         f"{compared} losses, of {whole.last} steps, are equal to the last bit",
@@ -242,9 +229,11 @@ def prove(out: Path, options: dict[str, int], whole: Life, lives: Sequence[Life]
     ]
     for words in wrong[:20]:
         console.print(f"[bold red]✗[/] {words}", soft_wrap=True)
-    for words in [*([] if wrong else good), f"{len(kept)} checkpoints read back, every byte verified"]:
+    if checked.sound:
+        console.print(f"[green]✓[/] {len(steps)} checkpoints read back, every byte verified", soft_wrap=True)
+    for words in [] if wrong else good:
         console.print(f"[green]✓[/] {words}", soft_wrap=True)
-    return wrong, {"compared_losses": compared, "verified_steps": kept, "digests": digests, "differences": wrong}
+    return wrong, {"compared_losses": compared, "verified_steps": steps, "digests": digests, "differences": wrong}
 
 
 def parse() -> argparse.Namespace:
@@ -264,28 +253,25 @@ def main() -> int:
     given = {name: getattr(args, name.replace("-", "_")) for name in sizes}
     options = (quick if args.quick else sizes) | {name: value for name, value in given.items() if value is not None}
     every, seed = options.pop("every-steps"), random.SystemRandom().randrange(10**6) if args.dice is None else args.dice
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
     for run in ("uninterrupted", "killed"):  # what an earlier demonstration has left, and nothing else
-        shutil.rmtree(args.out / run, ignore_errors=True)
-    for old in [*args.out.glob("*.jsonl"), *args.out.glob("*.log")]:
-        old.unlink()
-    args.out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out / run, ignore_errors=True)
 
     columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
-        trainer = Trainer(args.out, options, random.Random(seed), bars)
+        trainer = Trainer(out, options, random.Random(seed), bars)
         whole = trainer.live("uninterrupted", run="uninterrupted", every=NEVER)
         lives = [
-            trainer.live(f"life {number}", run="killed", every=every, kill=kill)
+            trainer.live(f"life-{number}", run="killed", every=every, kill=kill)
             for number, kill in enumerate([*KILLS, None], start=1)
         ]
     facts = tell(whole, lives, every)
-    wrong, proof = prove(args.out, options, whole, lives)
-    draw(args.out / "loss.png", whole, lives, every=every)
+    wrong, proof = prove(out, options, whole, lives)
+    draw(out / "loss.png", whole, lives, every=every)
     report = json.dumps({**options, **facts, **proof, "dice": seed, "passed": not wrong}, indent=1)
-    (args.out / "report.json").write_text(report + "\n")
-    console.print(
-        f"The picture is {args.out / 'loss.png'}, the numbers are in {args.out / 'report.json'}.", soft_wrap=True
-    )
+    (out / "report.json").write_text(report + "\n")
+    console.print(f"The picture is {args.out / 'loss.png'}, the numbers are in report.json beside it.", soft_wrap=True)
     return 1 if wrong else 0
 
 

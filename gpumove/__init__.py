@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     )
     from gpumove.format.manifest import Manifest
     from gpumove.handle import SaveHandle
-    from gpumove.load import load
+    from gpumove.inspection.run import checkpoints, verify
+    from gpumove.reader import load
     from gpumove.state.loader import ElasticLoader
 
 _HOMES = {
@@ -40,7 +41,9 @@ _HOMES = {
     "Manifest": "gpumove.format.manifest",
     "SaveHandle": "gpumove.handle",
     "StoreError": "gpumove.errors",
-    "load": "gpumove.load",
+    "checkpoints": "gpumove.inspection.run",
+    "load": "gpumove.reader",
+    "verify": "gpumove.inspection.run",
 }
 
 __all__ = [
@@ -56,7 +59,9 @@ __all__ = [
     "SaveHandle",
     "StoreError",
     "__version__",
+    "checkpoints",
     "load",
+    "verify",
 ]
 
 logging.getLogger("gpumove").addHandler(logging.NullHandler())

@@ -182,9 +182,10 @@ class Checkpointer:
             view = self._log.read()
             for broken in view.broken:
                 _log.warning("log entry %d cannot be read and is skipped: %s", broken.number, broken.error)
-            found = [c for c in reversed(view.checkpoints) if c.number not in view.damaged]
+            found = view.candidates()
             if step is not None:
-                found = [c for c in found if c.step == step][:1]
+                sound = [c for c in view.checkpoints if c.number not in view.damaged]
+                found = [c for c in reversed(sound) if c.step == step][:1]
                 if not found:
                     raise ConfigError(f"{self._store.url} has no sound checkpoint of step {step}")
             return Claimed(run, self._log.claim().epoch, found)
@@ -245,7 +246,7 @@ class Checkpointer:
         """All ranks are here: learn what rank 0 decides, and do it."""
         began = time.perf_counter()
         self._check_open()
-        capture, report = self._look()
+        capture, report = self._look(step)
         self._peers.meet(f"the meeting at step {step}")
         reports = self._peers.gather(msgspec.msgpack.encode(report))
         verdict = self._decide(step, reports, force=force) if self._peers.rank == 0 else Verdict()
@@ -272,13 +273,13 @@ class Checkpointer:
         self._runner.start(Staged(handle, snapshot, layout, capture, agreed, trace, began, pinned))
         handle.stats.stall_s += time.perf_counter() - began
 
-    def _look(self) -> tuple[Capture | Exception, Report]:
+    def _look(self, step: int) -> tuple[Capture | Exception, Report]:
         """The cut. A failure is told at the meeting: the other ranks must not wait for this one."""
         try:
             capture = self._job.capture()
-            return capture, Report(replan=self._planner.changed(capture))
+            return capture, Report(step, replan=self._planner.changed(capture))
         except Exception as error:  # noqa: BLE001 - state_dict() of a user's object raises what it likes
-            return error, Report(error=describe(error))
+            return error, Report(step, error=describe(error))
 
     def _check_open(self) -> None:
         if self._closed:

@@ -19,14 +19,14 @@ import msgspec
 from gpumove import cli_tables as tables
 from gpumove.cli_tables import Screen
 from gpumove.config import Config
-from gpumove.doctor import Check, doctor
 from gpumove.errors import ConfigError, IntegrityError
-from gpumove.export import export
-from gpumove.inspection import open_run, pick, verify
+from gpumove.inspection.doctor import Check, doctor
+from gpumove.inspection.export import export
+from gpumove.inspection.run import open_run, pick, verify
+from gpumove.inspection.summary import detail, overview
 from gpumove.store.gc import Retention, collect, plan
 from gpumove.store.log import Log
 from gpumove.store.records import reachable
-from gpumove.summary import detail, overview
 from gpumove.version import __version__
 
 Arguments = argparse.Namespace

@@ -16,13 +16,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from gpumove.doctor import Check
 from gpumove.errors import GpumoveError
-from gpumove.export import ExportReport
 from gpumove.format.manifest import Checkpoint
-from gpumove.inspection import VerifyReport
+from gpumove.inspection.doctor import Check
+from gpumove.inspection.export import ExportReport
+from gpumove.inspection.run import VerifyReport
+from gpumove.inspection.summary import Detail, Overview, Row, TensorRow
 from gpumove.store.gc import Plan
-from gpumove.summary import Detail, Overview, Row, TensorRow
 
 Cell = str | tuple[str, str]
 """Text, or text and its style."""

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from gpumove.config import Config
-from gpumove.errors import ConfigError, IntegrityError, ObjectNotFoundError
+from gpumove.errors import IntegrityError, ObjectNotFoundError
 from gpumove.format.codec import check_digest, decode
+from gpumove.format.dtypes import item_bytes
 from gpumove.format.manifest import Chunk
 from gpumove.format.pack import shape_bytes
 from gpumove.store.objects import Store
@@ -24,32 +25,6 @@ from gpumove.store.records import Ref
 _GAP = 256 << 10
 """Ranges closer than this are fetched as one: a request costs more than the bytes between."""
 _RANGE = 16 << 20
-
-# torch's dtypes by the bytes of one element (sub-byte ones are stored in whole bytes, as torch does).
-_SIZES = {
-    1: "bool uint8 int8 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2 "
-    "bits8 bits1x8 bits2x4 bits4x2 qint8 quint8 quint2x4 quint4x2 "
-    "int1 int2 int3 int4 int5 int6 int7 uint1 uint2 uint3 uint4 uint5 uint6 uint7",
-    2: "float16 bfloat16 int16 uint16 bits16",
-    4: "float32 int32 uint32 complex32 qint32",
-    8: "float64 int64 uint64 complex64",
-    16: "complex128",
-}
-_ITEM_BYTES = {name: size for size, names in _SIZES.items() for name in names.split()}
-
-
-def item_bytes(dtype: str) -> int:
-    """Bytes of one element.
-
-    Raises:
-        ConfigError: a dtype that this version does not know.
-    """
-    if dtype not in _ITEM_BYTES:
-        raise ConfigError(
-            f"the checkpoint holds tensors of dtype {dtype!r}, which this gpumove does not know: upgrade gpumove",
-            code="config.unknown_dtype",
-        )
-    return _ITEM_BYTES[dtype]
 
 
 def chunk_bytes(dtype: str, chunk: Chunk) -> int:

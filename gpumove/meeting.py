@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from gpumove.errors import ConfigError, describe
 from gpumove.format.manifest import Checkpoint
 
 Described = tuple[str, str, str]
@@ -15,6 +16,7 @@ Described = tuple[str, str, str]
 class Report(msgspec.Struct):
     """What rank 0 must know of a rank before it decides on a save."""
 
+    step: int = 0
     replan: bool = False
     error: Described | None = None
 
@@ -41,9 +43,13 @@ class Claimed(msgspec.Struct):
 
 
 def first_error(reports: Sequence[Report]) -> Described | None:
-    """The error of the lowest rank that has one, with the rank's name."""
+    """The error of the lowest rank that has one, with the rank's name; or that the ranks are not at one step."""
     for rank, report in enumerate(reports):
         if report.error is not None:
             kind, code, text = report.error
             return kind, code, f"rank {rank}: {text}"
+    for rank, report in enumerate(reports):
+        if report.step != reports[0].step:
+            text = f"rank {rank} is at step {report.step} and rank 0 at step {reports[0].step}"
+            return describe(ConfigError(f"{text}: call step() and save() with the same numbers on all ranks"))
     return None

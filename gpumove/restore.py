@@ -16,11 +16,12 @@ import torch
 from gpumove.config import Config
 from gpumove.errors import ConfigError, IntegrityError
 from gpumove.fetch import Wanted, fetch
+from gpumove.format.boxes import Box, intersect
 from gpumove.format.manifest import Checkpoint, Manifest, Part, TensorEntry
 from gpumove.save import ChunkKey
 from gpumove.state.capture import Saved, Targets
 from gpumove.state.members import Meta, RngMember
-from gpumove.state.plan import Box, intersect, local_box, local_tensor
+from gpumove.state.plan import local_box, local_tensor
 from gpumove.store.objects import Store
 from gpumove.store.records import Ref, read_manifest, read_parts
 

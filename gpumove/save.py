@@ -25,11 +25,12 @@ from gpumove.budget import ByteBudget
 from gpumove.config import Config
 from gpumove.errors import GpumoveError, StoreError
 from gpumove.format import keys
+from gpumove.format.boxes import Box, split
 from gpumove.format.codec import Buffer, digest, encode
 from gpumove.format.manifest import FORMAT, INLINE_BYTES, Chunk, Pack, Part, TensorEntry
 from gpumove.format.manifest import encode as to_json
 from gpumove.format.pack import PackItem, box_name, build
-from gpumove.state.plan import Box, Item, split
+from gpumove.state.plan import Item
 from gpumove.store.objects import Store
 from gpumove.store.records import Ref
 

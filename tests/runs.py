@@ -12,10 +12,11 @@ from torch import nn
 import gpumove
 from gpumove.commit import Order, commit, wait_for_parts
 from gpumove.config import Config
+from gpumove.format.boxes import Box
 from gpumove.format.keys import attempt_name
 from gpumove.format.manifest import Checkpoint
 from gpumove.save import PartWriter, Request
-from gpumove.state.plan import Box, Item
+from gpumove.state.plan import Item
 from gpumove.state.values import dtype_name
 from gpumove.store.log import Log
 from gpumove.store.objects import Store

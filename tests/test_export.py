@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from gpumove.config import Config
 from gpumove.errors import ConfigError, IntegrityError, StoreError
-from gpumove.export import convert, export
-from gpumove.export_plan import runs
+from gpumove.inspection.export import convert, export
+from gpumove.inspection.export_plan import runs
 from tests.runs import Shard, objects, train, write_sharded
 
 Tensors = dict[str, torch.Tensor]
@@ -239,7 +239,7 @@ def test_a_disk_that_is_full(
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("gpumove.export.os.pwrite", full)
+    monkeypatch.setattr("gpumove.inspection.export.os.pwrite", full)
     with pytest.raises(StoreError, match="No space left"):
         export(made[0], tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -248,7 +248,7 @@ def test_a_disk_that_is_full(
 def test_a_disk_that_is_known_to_be_too_small(
     made: tuple[str, dict[int, Tensors]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpumove.export.shutil.disk_usage", lambda _: _Usage())
+    monkeypatch.setattr("gpumove.inspection.export.shutil.disk_usage", lambda _: _Usage())
     with pytest.raises(StoreError, match="100 bytes free") as caught:
         export(made[0], tmp_path)
     assert caught.value.code == "store.no_space"
@@ -260,7 +260,7 @@ class _Usage:
 
 def test_exporting_needs_no_torch(made: tuple[str, dict[int, Tensors]], tmp_path: Path) -> None:
     code = (
-        "import sys; from gpumove.export import export; "
+        "import sys; from gpumove.inspection.export import export; "
         f"export({made[0]!r}, {str(tmp_path)!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -11,8 +11,9 @@ FORMAT_KEY = "format.json"
 _PART = re.compile(
     r"parts/(?P<attempt>\d{8}-\d{8})/(?P<rank>\d{6})-(?P<digest>[0-9a-f]{32})-(?P<plan>[0-9a-f]{16})-(?P<new>\d+)\.json"
 )
-_FAILED = re.compile(r"parts/\d{8}-\d{8}/(?P<rank>\d{6})-failed\.json")
-_ATTEMPT = re.compile(r"(?:packs|parts)/(\d{8}-\d{8})/|manifests/(\d{8}-\d{8})-")
+_FAILED = re.compile(r"parts/(?P<attempt>\d{8}-\d{8})/(?P<rank>\d{6})-failed\.json")
+_PACK = re.compile(r"packs/(?P<attempt>\d{8}-\d{8})/[0-9a-f]{32}\.safetensors")
+_MANIFEST = re.compile(r"manifests/(?P<attempt>\d{8}-\d{8})-[0-9a-f]{32}\.json")
 _ENTRY = re.compile(r"log/(\d{20})\.json")
 
 
@@ -36,9 +37,9 @@ def attempt_name(epoch: int, serial: int) -> str:
 
 
 def attempt_of(key: str) -> str | None:
-    """The attempt that an object belongs to, or None if it belongs to none."""
-    match = _ATTEMPT.match(key)
-    return (match[1] or match[2]) if match else None
+    """The attempt that an object belongs to; None if it is none that gpumove writes, whatever folder it lies in."""
+    found = (pattern.fullmatch(key) for pattern in (_PACK, _PART, _FAILED, _MANIFEST))
+    return next((match["attempt"] for match in found if match), None)
 
 
 def entry_key(number: int) -> str:

@@ -186,10 +186,13 @@ def decode_checked(kind: type[R], data: bytes, *, key: str) -> R:
         ConfigError: it was written by a newer format.
         IntegrityError: it is damaged.
     """
-    record = decode(kind, data, key=key)
     found = _CHECK.search(data)
-    if found is None or digest(data[: found.start()]).encode() != found[1]:
+    if found is not None and digest(data[: found.start()]).encode() != found[1]:
+        # First of all: a flipped bit in "format" must not pass for a newer version.
         raise IntegrityError(f"{key} is damaged: its check does not fit its bytes", code="integrity.record")
+    record = decode(kind, data, key=key)
+    if found is None:
+        raise IntegrityError(f"{key} is damaged: it ends without a check", code="integrity.record")
     return record
 
 

@@ -10,18 +10,8 @@ from typing import NamedTuple
 
 from gpumove.errors import IntegrityError
 from gpumove.format.codec import Buffer, digest
+from gpumove.format.dtypes import SAFETENSORS_DTYPES, item_bytes
 
-# torch's dtype names (without prefix) -> safetensors' names. Others are stored as U8; the part keeps the real name.
-SAFETENSORS_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-    "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "complex64": "C64",
-}  # fmt: skip
-_ITEM_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4,
-    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-}  # fmt: skip
 _MAX_HEADER = 100 << 20
 _DATA_ALIGN = 64
 """Data starts on a cache line: views of a fetched object are then aligned for every dtype."""
@@ -73,10 +63,9 @@ def header(entries: Sequence[tuple[str, str, Sequence[int], int]]) -> bytes:
 
 def build(items: Sequence[PackItem]) -> PackImage:
     """Lay items out as one pack; ``positions[i]`` is where item i starts in the object."""
-    dtypes = [SAFETENSORS_DTYPES.get(i.dtype, "U8") if i.codec == "raw/1" else "U8" for i in items]
     # Falling element size keeps every item aligned, whatever odd lengths there are.
-    order = sorted(range(len(items)), key=lambda n: -_item_bytes(items[n], dtypes[n]))
-    head = header([_entry(items[n], dtypes[n]) for n in order])
+    order = sorted(range(len(items)), key=lambda n: -(item_bytes(items[n].dtype) if items[n].codec == "raw/1" else 1))
+    head = header([_entry(items[n]) for n in order])
     positions, buffers, at = [0] * len(items), [head], len(head)
     for n in order:
         positions[n] = at
@@ -85,15 +74,11 @@ def build(items: Sequence[PackItem]) -> PackImage:
     return PackImage(buffers, digest(*buffers), at, positions)  # type: ignore[arg-type]
 
 
-def _item_bytes(item: PackItem, dtype: str) -> int:
-    """The alignment that an item needs; dtypes that safetensors lacks may be as wide as complex128."""
-    return 16 if item.codec == "raw/1" and item.dtype not in SAFETENSORS_DTYPES else _ITEM_BYTES.get(dtype, 1)
-
-
-def _entry(item: PackItem, dtype: str) -> tuple[str, str, Sequence[int], int]:
-    real = item.codec == "raw/1" and (dtype != "U8" or item.dtype == "uint8")
+def _entry(item: PackItem) -> tuple[str, str, Sequence[int], int]:
+    if item.codec == "raw/1" and item.dtype in SAFETENSORS_DTYPES:
+        return item.name, SAFETENSORS_DTYPES[item.dtype], item.shape, len(item.stored)
     name = item.name if item.codec == "raw/1" else f"{item.name}#{item.codec}"
-    return name, dtype, item.shape if real else (len(item.stored),), len(item.stored)
+    return name, "U8", (len(item.stored),), len(item.stored)
 
 
 class Slot(NamedTuple):

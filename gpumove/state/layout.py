@@ -12,10 +12,11 @@ import msgspec
 import torch
 
 from gpumove.errors import GpumoveError, LayoutError
+from gpumove.format.boxes import Box
 from gpumove.state.capture import Capture
 from gpumove.state.members import Tensors
 from gpumove.state.peers import Peers
-from gpumove.state.plan import Box, Item, Piece, Shard, assign, local_tensor, plan_digest, shard_of
+from gpumove.state.plan import Item, Piece, Shard, assign, local_tensor, plan_digest, shard_of
 from gpumove.state.values import dtype_name
 
 

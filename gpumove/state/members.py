@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gpumove.errors import ConfigError
 from gpumove.state import rng
 from gpumove.state.plan import local_tensor
-from gpumove.state.values import flatten
+from gpumove.state.values import flatten, tensor_names
 
 Tensors: TypeAlias = dict[str, torch.Tensor]
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -74,16 +75,23 @@ class ModelMember:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
+        self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self._signature: list[tuple[int, int]] | None = None
         self._live = Live()
 
     def live(self) -> Live:
         """References from torch's own API, kept as long as every parameter and buffer stays where it is."""
+        self._reshard()
         present = signature([*self.module.parameters(), *self.module.buffers()])
         if present != self._signature or self._live.shared:
             self._live = self._read()
             self._signature = present
         return self._live
+
+    def _reshard(self) -> None:
+        """After a forward without backward, FSDP2 leaves parameters whole: other objects, that no optimizer knows."""
+        for part in self._sharded:
+            part.reshard()
 
     def _read(self) -> Live:
         buffers = {canonical(self.module, n) for n, _ in self.module.named_buffers(remove_duplicate=False)}
@@ -105,6 +113,7 @@ class ModelMember:
 
     def parameter_names(self) -> dict[int, str]:
         """id(parameter) -> its name as optimizer state refers to it."""
+        self._reshard()
         prefix = self.name.removeprefix("model").lstrip(".")
         return {
             id(p): ".".join(filter(None, (prefix, canonical(self.module, n))))
@@ -114,7 +123,7 @@ class ModelMember:
     def targets(self, saved: Mapping[str, Meta]) -> Tensors:
         """The live parameters and buffers themselves."""
         live = self.live()
-        extras = {n for n in live.local if n.startswith(f"{self.name}.extra.")}
+        extras = tensor_names(live.shared)
         return {**live.tensors, **{n: t for n, t in live.local.items() if n not in extras}}
 
     def load(self, values: Any, tensors: Tensors) -> None:

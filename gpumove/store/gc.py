@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from gpumove.errors import IntegrityError
 from gpumove.format import keys
 from gpumove.format.manifest import FORMAT, Checkpoint, Collect, LogEntry
 from gpumove.store.log import Log
@@ -44,6 +45,8 @@ class Plan:
     dropped: tuple[Checkpoint, ...]
     doomed: tuple[str, ...]
     doomed_bytes: int
+    unreadable: tuple[Checkpoint, ...] = ()
+    """Kept, but damaged: nothing as old as the newest of these is deleted."""
 
 
 def plan(store: Store, view: View, retention: Retention, *, reach: Callable[[Checkpoint], Iterable[str]]) -> Plan:
@@ -57,17 +60,33 @@ def plan(store: Store, view: View, retention: Retention, *, reach: Callable[[Che
     """
     kept = retention.kept(view)
     dropped = tuple(c for c in view.checkpoints if c not in kept)
-    needed = set().union(*(reach(c) for c in kept)) if kept else set()
+    needed, unreadable = _needed(kept, reach)
+    # What a damaged checkpoint needs is not known, but it can only be of its own attempt or an earlier one.
+    spared = max((c.attempt for c in unreadable), default="")
     alive = _first_alive(view)
     doomed: list[str] = []
     size = 0
     for prefix in ("manifests/", "parts/", "packs/"):
         for found in store.list(prefix):
             attempt = keys.attempt_of(found.key)
-            if attempt is not None and attempt < alive and found.key not in needed:
+            if attempt is not None and spared < attempt < alive and found.key not in needed:
                 doomed.append(found.key)
                 size += found.nbytes
-    return Plan(kept, dropped, tuple(doomed), size)
+    return Plan(kept, dropped, tuple(doomed), size, unreadable)
+
+
+def _needed(
+    kept: Iterable[Checkpoint], reach: Callable[[Checkpoint], Iterable[str]]
+) -> tuple[set[str], tuple[Checkpoint, ...]]:
+    """The keys that the kept checkpoints need, and those checkpoints whose needs cannot be read."""
+    needed: set[str] = set()
+    unreadable = []
+    for checkpoint in kept:
+        try:
+            needed.update(reach(checkpoint))
+        except IntegrityError:
+            unreadable.append(checkpoint)
+    return needed, tuple(unreadable)
 
 
 def _first_alive(view: View) -> str:
@@ -87,23 +106,26 @@ def collect(log: Log, retention: Retention, *, reach: Callable[[Checkpoint], Ite
     store = log.store
     reach = reach or (lambda c: reachable(store, c))
     made: list[Plan] = []
+    firsts: list[int] = []
 
     def make(view: View, number: int) -> LogEntry:
+        firsts.append(view.first)
         made.append(plan(store, view, retention, reach=reach))
         return Collect(
             format=FORMAT, number=number, epoch=view.epoch, writer=log.writer, time=time.time(),
             kept=made[-1].kept, resumed=view.resumed,
         )  # fmt: skip
 
-    entry = log.append(make)
+    log.append(make)
     _delete(store, made[-1].doomed)
-    _delete(store, _old_entries(store, entry.number))
+    _delete(store, _old_entries(store, below=firsts[-1]))
     return made[-1]
 
 
-def _old_entries(store: Store, number: int) -> list[str]:
+def _old_entries(store: Store, *, below: int) -> list[str]:
+    """Entries older than the gc entry before this one: should this one rot, that one still tells what there is."""
     found = (o.key for o in store.list("log/"))
-    return [k for k in found if (n := keys.entry_number(k)) is not None and n < number]
+    return [k for k in found if (n := keys.entry_number(k)) is not None and n < below]
 
 
 def _delete(store: Store, doomed: Iterable[str]) -> None:

@@ -30,7 +30,7 @@ class View:
     host: str = ""
     checkpoints: tuple[Checkpoint, ...] = ()
     resumed: int | None = None
-    """The entry that the newest epoch went on from, until it has a commit of its own."""
+    """The entry that the run went on from last, until something was committed after that."""
     damaged: frozenset[int] = frozenset()
     broken: tuple[Broken, ...] = ()
     """Damaged entries. Each may have been a claim: epochs are counted past them."""
@@ -44,7 +44,7 @@ class View:
             case Broken():
                 return replace(seen, broken=(*self.broken, entry))
             case Claim():
-                return replace(seen, epoch=entry.epoch, writer=entry.writer, host=entry.host, resumed=None)
+                return replace(seen, epoch=entry.epoch, writer=entry.writer, host=entry.host)
             case Checkpoint():
                 return replace(seen, checkpoints=(*self.checkpoints, entry), resumed=None)
             case Note():
@@ -61,9 +61,15 @@ class View:
                     seen, checkpoints=entry.kept, resumed=entry.resumed, first=entry.number, epoch=entry.epoch
                 )
 
+    def candidates(self) -> list[Checkpoint]:
+        """What a restore tries, in order: from where the run went on last, newest first, without known damage."""
+        line = [c for c in self.checkpoints if self.resumed is None or c.number <= self.resumed]
+        return [c for c in reversed(line) if c.number not in self.damaged]
+
     def find(self, step: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint, or the newest one of a step."""
-        return next((c for c in reversed(self.checkpoints) if step is None or c.step == step), None)
+        """The newest one of a step, or the one that a restore would try first."""
+        line = self.candidates() if step is None else []
+        return next((c for c in (*line, *reversed(self.checkpoints)) if step is None or c.step == step), None)
 
 
 def _pinned(checkpoint: Checkpoint, pin: Pin) -> Checkpoint:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from gpumove import cli, doctor
+from gpumove import cli
 from gpumove.config import Config
-from gpumove.doctor import Check
+from gpumove.inspection import doctor
+from gpumove.inspection.doctor import Check
 from gpumove.store.backends import MemoryBackend, ObjectInfo
 from gpumove.store.log import Log
 from gpumove.store.objects import Store

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import shutil
@@ -13,6 +12,7 @@ import pytest
 
 import gpumove
 from gpumove.errors import GpumoveError, IntegrityError
+from gpumove.format.codec import digest
 from tests.jobs import new_job
 
 STEPS = (2, 4)
@@ -152,8 +152,8 @@ def test_a_newer_format_is_refused_and_not_taken_for_damage(sound: tuple[Path, d
     copy = tmp_path / "copy"
     shutil.copytree(url, copy)
     head = max((copy / "log").iterdir())
-    fields = json.loads(head.read_bytes()) | {"format": 2}
-    head.write_text(json.dumps(fields))
+    body = head.read_bytes().replace(b'"format":1', b'"format":2').rpartition(b',"check"')[0]
+    head.write_bytes(body + b',"check":"' + digest(body).encode() + b'"}')
     with pytest.raises(GpumoveError, match="upgrade gpumove") as caught:
         restored(copy)
     assert caught.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""A disk that is really full: the save fails with a clear error, nothing committed is lost, and freed space is enough."""
+"""A disk that is really full: the save fails with a clear error, and nothing that was committed is lost."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def test_a_full_disk_costs_one_save_and_nothing_else(tmp_path: Path) -> None:
     command = f"mount -t tmpfs -o size=1m tmpfs {mounted} && exec {sys.executable} {script} {mounted}"
     done = subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", command],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2], env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
+        env={"PYTHONPATH": ".", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "fine"

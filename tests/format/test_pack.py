@@ -14,7 +14,8 @@ from safetensors.torch import load as load_safetensors
 
 from gpumove.errors import IntegrityError
 from gpumove.format.codec import digest
-from gpumove.format.pack import SAFETENSORS_DTYPES, PackItem, box_name, build, header, read_header
+from gpumove.format.dtypes import SAFETENSORS_DTYPES
+from gpumove.format.pack import PackItem, box_name, build, header, read_header
 from gpumove.state.values import dtype_name
 
 KNOWN = [d for d in SAFETENSORS_DTYPES if hasattr(torch, d)]

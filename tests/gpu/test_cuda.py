@@ -1,4 +1,4 @@
-"""On a CUDA device: snapshots are exact and overlap, the step is not held up, and a resumed run is bit for bit the same."""
+"""On a CUDA device: snapshots are exact and overlap, the step is not held up, a resumed run is bit for bit the same."""
 
 from __future__ import annotations
 

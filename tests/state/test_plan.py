@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumove.errors import LayoutError
-from gpumove.state.plan import Box, Shard, assign, cover_problem, intersect, split
+from gpumove.format.boxes import Box, cover_problem, intersect, split
+from gpumove.state.plan import Shard, assign
 
 SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 
@@ -95,12 +96,17 @@ def test_empty_shards_write_nothing_and_empty_tensors_are_not_forgotten() -> Non
 
 def test_everything_that_does_not_fit_is_listed() -> None:
     layouts = [
-        [shard("gap", (4,), (0,), (1,)), shard("twice", (4,), (0,), (3,)), shard("dtype", (2,)), shard("values", (2,), probe="a")],
+        [shard("gap", (4,), (0,), (1,)), shard("twice", (4,), (0,), (3,)), shard("dtype", (2,)),
+         shard("values", (2,), probe="a")],
         [shard("gap", (4,), (2,), (2,)), shard("twice", (4,), (2,), (2,)), shard("dtype", (2,), dtype="int32"),
          shard("values", (2,), probe="b")],
     ]  # fmt: skip
     with pytest.raises(LayoutError) as caught:
         assign(layouts, split_bytes=1)
-    for words in ("gap lacks 1 of its 4", "twice has overlapping", "dtype is float32[2] on rank 0 and int32[2] on rank 1",
-                  "values has different values on ranks 0 and 1"):  # fmt: skip
+    for words in (
+        "gap lacks 1 of its 4",
+        "twice has overlapping",
+        "dtype is float32[2] on rank 0 and int32[2] on rank 1",
+        "values has different values on ranks 0 and 1",
+    ):
         assert words in str(caught.value)

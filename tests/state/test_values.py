@@ -18,7 +18,8 @@ from gpumove.errors import ConfigError, IntegrityError
 from gpumove.state.values import flatten, tensor_names, unflatten
 
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(), st.binary(), st.complex_numbers(allow_nan=False)
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(), st.binary(),
+    st.complex_numbers(allow_nan=False),
 )  # fmt: skip
 HASHABLE = st.one_of(st.integers(), st.text(), st.booleans(), st.none(), st.binary())
 TREES = st.recursive(

@@ -12,6 +12,7 @@ import pytest
 from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError, IntegrityError
 from gpumove.format import keys
+from gpumove.format.codec import digest
 from gpumove.format.manifest import FORMAT, Checkpoint, Claim, LogEntry
 from gpumove.store.gc import Retention, collect
 from gpumove.store.log import Log
@@ -84,7 +85,7 @@ def test_a_zombie_stays_fenced_after_gc_has_removed_the_entries_that_fenced_it(s
     new.claim()
     for serial in range(1, 4):
         commit(new, serial + 1, serial)
-    collect(new, Retention(keep_last=1), reach=lambda _: set())
+        collect(new, Retention(keep_last=1), reach=lambda _: set())
     # The zombie's next number is free again: it was taken by the claim, and gc has deleted that.
     assert store.exists(keys.entry_key(old.view.head + 1)) is None
     with pytest.raises(FencedError):
@@ -101,7 +102,8 @@ def test_a_sleeping_claimer_cannot_claim_into_the_past(store: Store) -> None:
     sleeper = new_log(store)
     for serial in range(1, 4):
         commit(owner, serial, serial)
-    collect(owner, Retention(keep_last=1), reach=lambda _: set())
+        collect(owner, Retention(keep_last=1), reach=lambda _: set())
+    assert store.exists(keys.entry_key(sleeper.view.head + 1)) is None
     sleeper.claim()
     assert sleeper.epoch == 2
     assert new_log(store).view.writer == sleeper.writer
@@ -200,7 +202,8 @@ def test_a_foreign_or_damaged_format_is_refused(store: Store) -> None:
         Log(store).open(create=True)
     store.delete(["format.json"])
     assert Log(store).open(create=True)
-    store.put("format.json", b'{"format":9,"name":"gpumove"}')
+    body = b'{"format":9,"name":"gpumove"'
+    store.put("format.json", body + b',"check":"' + digest(body).encode() + b'"}')
     with pytest.raises(ConfigError, match="upgrade gpumove"):
         Log(store).open(create=True)
 

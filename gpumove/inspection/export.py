@@ -20,12 +20,13 @@ from typing import Any
 
 from gpumove.config import Config
 from gpumove.errors import ConfigError, StoreError
-from gpumove.export_plan import CONVERTIBLE, File, Tensor, lay_out, runs, select, tied_names
-from gpumove.fetch import Wanted, chunk_bytes, fetch, item_bytes
-from gpumove.inspection import open_run, pick
+from gpumove.fetch import Wanted, chunk_bytes, fetch
+from gpumove.format.dtypes import item_bytes
+from gpumove.inspection.export_plan import CONVERTIBLE, File, Tensor, lay_out, runs, select, tied_names
+from gpumove.inspection.run import open_run, pick
+from gpumove.inspection.survey import Progress
 from gpumove.store.objects import Store
 from gpumove.store.records import Ref, read_manifest, read_parts
-from gpumove.survey import Progress
 
 INDEX = "model.safetensors.index.json"
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|\.model.*\.[0-9a-f]{8}\.part")

@@ -1,6 +1,6 @@
 """Looking at a run without owning it and without torch: its checkpoints, and whether every byte of them is there.
 
-Nothing here writes. Deciding what would be resumed is :mod:`gpumove.summary`'s; this room says what is sound.
+Nothing here writes. What would be resumed is :mod:`gpumove.inspection.summary`'s to say; this room says what is sound.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from gpumove.config import Config
 from gpumove.errors import ConfigError, IntegrityError, ObjectNotFoundError
 from gpumove.format import keys
 from gpumove.format.manifest import Checkpoint, LogEntry, decode_checked
+from gpumove.inspection.survey import Progress, Survey
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from gpumove.store.view import Broken, View
-from gpumove.survey import Progress, Survey
 
 
 @contextmanager

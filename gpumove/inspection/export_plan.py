@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumove.errors import ConfigError, IntegrityError
-from gpumove.fetch import item_bytes
+from gpumove.format.dtypes import SAFETENSORS_DTYPES, item_bytes
 from gpumove.format.manifest import Part, TensorEntry
-from gpumove.format.pack import SAFETENSORS_DTYPES, header, shape_bytes
+from gpumove.format.pack import header, shape_bytes
 from gpumove.store.records import Ref
 
 CONVERTIBLE = ("float64", "float32", "float16", "bfloat16")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpumove.config import Config
-from gpumove.fetch import chunk_bytes, item_bytes
+from gpumove.fetch import chunk_bytes
+from gpumove.format.dtypes import item_bytes
 from gpumove.format.manifest import Checkpoint, Manifest, Part, PartRef, TensorEntry
 from gpumove.format.pack import shape_bytes
 from gpumove.store.log import Log
@@ -70,7 +71,7 @@ def overview(log: Log) -> Overview:
     rows = tuple(_row(log.store, view, c, sizes.get(c.manifest_key)) for c in view.checkpoints)
     return Overview(
         url=log.store.url, run=log.run, head=view.head, epoch=view.epoch, host=view.host, writer=view.writer,
-        now=time.time(), checkpoints=rows, broken=view.broken, resume=_resume(rows),
+        now=time.time(), checkpoints=rows, broken=view.broken, resume=_resume(view, rows),
     )  # fmt: skip
 
 
@@ -91,14 +92,17 @@ def _row(store: Store, view: View, checkpoint: Checkpoint, nbytes: int | None) -
     )  # fmt: skip
 
 
-def _resume(rows: Sequence[Row]) -> Resume:
+def _resume(view: View, rows: Sequence[Row]) -> Resume:
     """The newest checkpoint that nothing is known to be wrong with, as restore() goes through them."""
+    rows = [row for row in rows if view.resumed is None or row.entry <= view.resumed]
     if not rows:
         return Resume(0, None, "no checkpoint has been committed yet, so training begins at step 0")
     skipped: list[str] = []
     for row in reversed(rows):
         if row.damage is None:
             why = "it is the newest committed checkpoint"
+            if view.resumed is not None and row.entry != view.checkpoints[-1].number:
+                why = "the run went on from it last, and nothing was committed after that"
             if skipped:
                 why = f"newer ones are damaged: {'; '.join(skipped)}"
             return Resume(row.step, row.entry, why)

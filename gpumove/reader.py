@@ -9,12 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gpumove.config import Config
-from gpumove.errors import ConfigError
+from gpumove.inspection.run import open_run, pick
 from gpumove.restore import fill, read_contents
 from gpumove.state.capture import Job
 from gpumove.state.peers import process_rank
-from gpumove.store.log import Log
-from gpumove.store.objects import Store
 
 
 def load(
@@ -49,21 +47,11 @@ def load(
         LayoutError: it does not fit the objects.
     """
     config = Config.from_env() if config is None else config
-    store = Store.open(url, config, options=storage_options)
-    rank = process_rank()
-    try:
-        log = Log(store)
-        if not log.open(create=False):
-            raise ConfigError(f"there is no gpumove run at {store.url}", code="config.no_run")
-        found = log.read().find(step)
-        if found is None:
-            what = "no checkpoint yet" if step is None else f"no checkpoint of step {step}"
-            raise ConfigError(f"the run at {store.url} has {what}", code="config.no_checkpoint")
-        contents = read_contents(store, found, rank=rank, config=config)
+    with open_run(url, config=config, storage_options=storage_options) as log:
+        found = pick(log.read(), step, url=log.store.url)
+        contents = read_contents(log.store, found, rank=process_rank(), config=config)
         job = Job(model=model, optimizer=optimizer, objects=objects)
         targets = job.match(contents.saved, world_size=contents.saved.world_size, strict=False)
-        fill(store, contents, targets, config=config)
+        fill(log.store, contents, targets, config=config)
         job.load(contents.saved, targets)
-    finally:
-        store.close()
     return found.step
