@@ -162,7 +162,8 @@ def _own_stall(table: Table, store: str, peer: str) -> list[Verdict]:
         return []
     off = max(abs(save["own"]["stall_s"] - save["stall_s"]) for save in saves)
     within = all(abs(s["own"]["stall_s"] - s["stall_s"]) <= max(0.005, 0.1 * s["stall_s"]) for s in saves)
-    return [Verdict(store, peer, f"stats.stall_s is off by at most {off * 1e3:.1f} ms from the harness's clock", within)]
+    words = f"stats.stall_s is within {off * 1e3:.1f} ms of the harness's own clock"
+    return [Verdict(store, peer, words, within)]
 
 
 def _restored(table: Table) -> list[Verdict]:

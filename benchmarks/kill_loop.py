@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--every-steps", type=int, default=1, help="steps between saves")
     parser.add_argument("--steps", type=int, default=400, help="length of a run; then a new one begins")
     parser.add_argument("--width", type=int, default=384, help="of the model; 384 gives 3 MB of state")
-    parser.add_argument("--longest-s", type=float, default=0.8, help="a random kill comes at most so long after the start")
+    parser.add_argument("--longest-s", type=float, default=0.8, help="a random kill comes no later after the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"))
     return parser.parse_args(arguments)
@@ -122,13 +123,13 @@ class Loop:
             self.tally.resumes += 1
             if self._killed_at >= 0:
                 self.tally.steps_lost.append(self._killed_at - (resumed - 1))
-        self._acknowledged = max(self._acknowledged, self._board.get("acknowledged"))
-        self._killed_at = max(self._board.get("done"), 0)
+            self._killed_at = self._board.get("done")
+        self._acknowledged = max(self._acknowledged, self._board.get("acknowledged") - 1)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             self.tally.kills += 1
             word = self._board.interrupted()
             self.tally.interrupted[word] += 1
-            self._last_words = f"after step {self._killed_at}, during: {word}"
+            self._last_words = f"after step {self._board.get('done')}, during: {word}"
             return False
         if status:
             words = self._log.read_text(errors="replace").strip().splitlines() or ["it resumed from a wrong state"]
@@ -181,7 +182,7 @@ def show(console: Console, tally: Tally) -> None:
         "inspections of all objects": tally.inspections,
         "checkpoints loaded and compared": tally.checkpoints_read,
         "steps lost by a kill": f"mean {mean(lost):.1f}, most {lost[-1]}" if lost else "-",
-        "bytes that nothing refers to, at most": max(tally.leftover_bytes, default=0),
+        "MB that nothing refers to, at most and at the end": _leftovers(tally),
         "bad": len(tally.bad),
     }
     table = Table(title="kill loop", title_justify="left", show_header=False)
@@ -192,6 +193,11 @@ def show(console: Console, tally: Tally) -> None:
     console.print(table)
     for words in tally.bad:
         console.print(f"[red]BAD[/] {words}", highlight=False)
+
+
+def _leftovers(tally: Tally) -> str:
+    found = [nbytes / 1e6 for nbytes in tally.leftover_bytes]
+    return f"{max(found):.1f}, {found[-1]:.1f}" if found else "-"
 
 
 @contextlib.contextmanager
@@ -210,11 +216,11 @@ def _bucket(store: str, scratch: Path) -> Iterator[Place | None]:
 def _import_all() -> None:
     """Once, before any fork. Numeric libraries must not start threads at that."""
     import gpumove
-    from benchmarks.kill import children
 
+    importlib.import_module("benchmarks.kill.children")
+    importlib.import_module("torch._dynamo")  # the first optimizer of a process would do so, for half a second
     for name in gpumove.__all__:
         getattr(gpumove, name)
-    del children
     if (count := threads()) > 1:
         raise RuntimeError(f"{count} threads run before the first fork")
 
@@ -233,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _bucket(options.store, scratch) as bucket:
             tally = Loop(options, scratch, bucket).go(console)
     show(console, tally)
-    content: dict[str, Any] = {"machine": machine, "seconds": round(time.monotonic() - began, 1), **asdict(tally)}
+    content: dict[str, Any] = {"machine": machine, "seconds": round(time.monotonic() - began, 1), **vars(tally)}
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     write_json(options.out / f"kill_loop_{options.store}.json", {**content, "settings": settings})
     return 1 if tally.bad else 0

@@ -1,4 +1,4 @@
-"""Where a measured run stores its bytes: a directory or a bucket's prefix. Knows how to count, sync, chill and remove."""
+"""Where a measured run stores its bytes: a directory or a bucket's prefix. Knows no peer."""
 
 from __future__ import annotations
 

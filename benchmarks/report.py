@@ -40,6 +40,11 @@ def cell(table: Table, store: str, peer: str, figure: Figure) -> str:
     return text
 
 
+def _present(table: Table, store: str) -> list[Figure]:
+    """Without those that this store does not have: a server in memory has no cold cache."""
+    return [f for f in FIGURES if any(table.median(store, peer, f.name) is not None for peer in table.peers)]
+
+
 def _heading(figure: Figure) -> str:
     unit = f", {figure.unit}" if figure.unit == "GB" else ""
     return figure.label + unit
@@ -52,7 +57,7 @@ def show(console: Console, table: Table, verdicts: list[Verdict]) -> None:
         shown.add_column("figure")
         for peer in table.peers:
             shown.add_column(peer, justify="right", style="bold" if peer.startswith("gpumove") else "")
-        for figure in FIGURES:
+        for figure in _present(table, store):
             shown.add_row(_heading(figure), *(cell(table, store, peer, figure) for peer in table.peers))
         console.print(shown)
     for verdict in verdicts:
@@ -64,11 +69,12 @@ def markdown(table: Table, facts: dict[str, Any], settings: dict[str, Any]) -> s
     """The same tables for docs/benchmarks.md, with what they were measured on."""
     machine = f"{facts['cores']} cores ({facts['processor']}), {facts['memory_gb']} GB, Linux {facts['kernel']}"
     versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-    lines = [f"{machine}; Python {facts['python']}, {versions}; medians of {settings['rounds']} interleaved rounds.", ""]
+    rounds = f"medians of {settings['rounds']} interleaved rounds"
+    lines = [f"{machine}; Python {facts['python']}, {versions}; {rounds}.", ""]
     for store in table.stores:
         lines += [f"**{store}**, {settings['size_mb'][store]} MB of state", ""]
         lines += ["| figure | " + " | ".join(table.peers) + " |", "|---" * (len(table.peers) + 1) + "|"]
-        for figure in FIGURES:
+        for figure in _present(table, store):
             cells = (cell(table, store, peer, figure) for peer in table.peers)
             lines.append(f"| {_heading(figure)} | " + " | ".join(cells) + " |")
         lines.append("")
@@ -96,8 +102,8 @@ def picture(table: Table, path: Path) -> None:
         ax.set_yscale("log")
         ax.set_xticks(range(len(figures)), [f"{f.label}\n/ {_base_name(f)}" for f in figures], fontsize=8)
         ax.set_title(f"{store}: ratio, lower is better", fontsize=10, loc="left")
-    axes[0, 0].legend(fontsize=7, ncols=len(table.peers))
-    canvas.tight_layout()
+    canvas.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", fontsize=8, ncols=len(table.peers))
+    canvas.tight_layout(rect=(0, 0.04, 1, 1))
     canvas.savefig(path, dpi=150)
     plt.close(canvas)
 

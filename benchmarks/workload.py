@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 import xxhash
 from torch import nn
+from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _STATE_BYTES_PER_PARAMETER = 12  # fp32: the parameter and two AdamW moments
@@ -31,9 +31,9 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, tokens, width = x.shape
         heads = self.qkv(self.norm1(x)).view(batch, tokens, 3, width // _HEAD, _HEAD).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+        mixed = functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
         x = x + self.out(mixed.reshape(batch, tokens, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
 
 
 class Decoder(nn.Module):
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.tokens.weight)
+        return functional.linear(self.norm(x), self.tokens.weight)
 
 
 def decoder(size_mb: float, *, layers: int = 12) -> Decoder:
@@ -119,7 +119,7 @@ class Job:
         vocabulary = self.model.tokens.num_embeddings
         tokens = torch.randint(0, vocabulary, (1, self.tokens + 1))
         logits = self.model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.view(-1, vocabulary), tokens[:, 1:].reshape(-1))
+        loss = functional.cross_entropy(logits.view(-1, vocabulary), tokens[:, 1:].reshape(-1))
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -144,7 +144,7 @@ def wait_for_commit(log: Log, attempt: str, *, timeout_s: float) -> Checkpoint:
     """On other ranks: follow the log until this attempt is in it.
 
     Raises:
-        StoreError: rank 0 said that it gave up, or nothing came in time.
+        StoreError: rank 0 said that it gave up, a later attempt is there instead, or nothing came in time.
         FencedError: another owner has claimed the run.
     """
     deadline = time.monotonic() + timeout_s
@@ -156,6 +156,11 @@ def wait_for_commit(log: Log, attempt: str, *, timeout_s: float) -> Checkpoint:
                 return checkpoint
         if log.store.exists(keys.failed_key(attempt, 0)) is not None:
             raise _failure(log, {0: keys.failed_key(attempt, 0)})
+        if any(checkpoint.attempt > attempt for checkpoint in log.view.checkpoints):
+            raise StoreError(
+                f"the attempt {attempt} is not in the log, and a later one is: it failed, or retention has removed it",
+                code="store.superseded",
+            )
         if time.monotonic() > deadline:
             raise StoreError(f"rank 0 did not commit the attempt {attempt} in {timeout_s:.0f} s", code="store.peers")
         time.sleep(pause * _CHANCE.uniform(0.5, 1.0))

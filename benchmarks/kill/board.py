@@ -28,7 +28,7 @@ ROOMS = (
 )
 """Store calls, those first that say most about a kill: several may be under way at once."""
 PHASES = ("start", "restore", "step() call", "forward and backward", "optimizer step", "close")
-_NUMBERS = ("done", "acknowledged", "restored", "phase")
+_NUMBERS = ("done", "acknowledged", "restored", "phase")  # the middle two plus one, so that 0 is "never"
 _KIND = re.compile(rb'"kind":\s*"(\w+)"')
 _STEP = re.compile(rb'"step":\s*(\d+)')
 
@@ -99,7 +99,7 @@ def watch(store: type[Any], board: Board) -> None:
             room = _room_of(key, data)
             made: bool = _counted(board, room, lambda: call(self, key, data))
             if made and room == "log: checkpoint" and (step := _STEP.search(data)):
-                board.set("acknowledged", int(step[1]))
+                board.set("acknowledged", int(step[1]) + 1)
             return made
 
         return traced

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import gpumove
@@ -66,7 +66,9 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=50, gamma=0.9)
         generator = torch.Generator().manual_seed(7)
-        data = TensorDataset(torch.randn(500, 32, generator=generator), torch.randint(0, 8, (500,), generator=generator))
+        data = TensorDataset(
+            torch.randn(500, 32, generator=generator), torch.randint(0, 8, (500,), generator=generator)
+        )
         self.loader = gpumove.ElasticLoader(data, 16, shuffle=True)
 
     def batches(self) -> Iterator[Sequence[torch.Tensor]]:
@@ -76,7 +78,7 @@ class Training:
 
     def step(self, batch: Sequence[torch.Tensor], board: Board | None = None) -> torch.Tensor:
         """One step, all of it."""
-        loss = F.cross_entropy(self.model(batch[0]), batch[1])
+        loss = functional.cross_entropy(self.model(batch[0]), batch[1])
         self.optimizer.zero_grad()
         loss.backward()
         if board is not None:
