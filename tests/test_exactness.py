@@ -73,7 +73,8 @@ class Training:
         self.losses.append(float(loss.detach()))
 
     def state(self) -> str:
-        rows = [v.detach().contiguous().view(-1).view(torch.uint8) for v in self.model.state_dict().values()]
+        tensors = [v for v in self.model.state_dict().values() if isinstance(v, torch.Tensor)]
+        rows = [v.detach().contiguous().view(-1).view(torch.uint8) for v in tensors]
         return digest(b"".join(r.numpy().tobytes() for r in rows))
 
 

@@ -32,7 +32,7 @@ LAYERS = [
         "inspection.export_plan", "inspection.export", "inspection.doctor",
     ],
     ["cadence", "handle", "meeting", "runner", "checkpointer", "reader"],
-    ["cli_tables", "cli"],
+    ["cli_tables", "cli", "__main__"],
 ]  # fmt: skip
 RANK = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 

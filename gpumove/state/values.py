@@ -175,7 +175,8 @@ def unflatten(tree: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
 
 def _array(body: Any) -> np.ndarray[Any, Any]:
     dtype, shape, text = body
-    return np.frombuffer(base64.b64decode(text), dtype=np.dtype(dtype)).reshape(shape).copy()
+    array: np.ndarray[Any, Any] = np.frombuffer(base64.b64decode(text), dtype=np.dtype(dtype)).reshape(shape).copy()
+    return array
 
 
 def _npscalar(body: Any) -> Any:
