@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -180,12 +181,12 @@ def differences(whole: Life, lives: Sequence[Life], digests: Sequence[str]) -> l
 def tell(whole: Life, lives: Sequence[Life], every: int) -> dict[str, Any]:
     """Print what happened, and return it in numbers."""
     table = Table(title="The processes", title_justify="left", title_style="bold")
-    for heading in ("process", "from", "to", "ended by", "done again", "saves", "seconds"):
+    for heading in ("process", "from", "to", "ended by", "done again", "saves", "time"):
         table.add_column(heading, justify="left" if heading in ("process", "ended by") else "right", no_wrap=True)
     again = [before.last - after.resumed for before, after in pairwise(lives)]
     for life, lost in zip([whole, *lives], [0, 0, *again]):
         end = "itself" if not life.killed else "[red]SIGKILL[/]" + (" in a save" if life.in_save else "")
-        numbers = (str(lost), str(len(life.saves)), f"{life.seconds:.1f}")
+        numbers = (str(lost), str(len(life.saves)), f"{life.seconds:.1f} s")
         table.add_row(life.name, str(life.resumed), str(life.last), end, *numbers)
     console.print(table)
 
@@ -205,7 +206,7 @@ def tell(whole: Life, lives: Sequence[Life], every: int) -> dict[str, Any]:
         "sent_bytes": sent,
     }
     table = Table(title="The saves", title_justify="left", title_style="bold", show_header=False)
-    table.add_row("reported saves", f"{len(saves)}, one every {every} steps and one at the end")
+    table.add_row("saves that were reported", f"{len(saves)}; one is due every {every} steps, and one at the end")
     table.add_row(
         "stall of the training", f"{1e3 * median(stall_s):.1f} ms per save (median), {1e3 * stall_s[-1]:.1f} ms at most"
     )
@@ -228,7 +229,7 @@ def prove(out: Path, options: dict[str, int], whole: Life, lives: Sequence[Life]
         f"the final parameters and optimizer states are equal: {digests[0]}",
     ]
     for words in wrong[:20]:
-        console.print(f"[bold red]✗[/] {words}", soft_wrap=True)
+        console.print(f"[bold red]✗[/] {escape(words)}", soft_wrap=True)
     if checked.sound:
         console.print(f"[green]✓[/] {len(steps)} checkpoints read back, every byte verified", soft_wrap=True)
     for words in [] if wrong else good:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -52,14 +52,14 @@ def _numbers(life: Life) -> dict[int, float]:
 
 def _curves(axes: Axes, truth: Mapping[int, float], lives: Sequence[Life]) -> None:
     """The killed run thin and dark upon the uninterrupted one, thick and pale."""
-    axes.plot(truth.keys(), truth.values(), color=WHOLE, linewidth=5, alpha=0.5, label="never interrupted")
+    axes.plot(list(truth), list(truth.values()), color=WHOLE, linewidth=5, alpha=0.5, label="never interrupted")
     for number, life in enumerate(lives):
         mine = _numbers(life)
         label = "killed and resumed" if number == 0 else None
-        axes.plot(mine.keys(), mine.values(), color=RESUMED, linewidth=1.0, label=label)
+        axes.plot(list(mine), list(mine.values()), color=RESUMED, linewidth=1.0, label=label)
     kills = [life.last for life in lives if life.killed]
     starts = [life.resumed for life in lives[1:]]
-    style = {"linestyle": "none", "markersize": 10, "zorder": 5}
+    style: dict[str, Any] = {"linestyle": "none", "markersize": 10, "zorder": 5}
     axes.plot(kills, [truth[s] for s in kills], "X", color=KILL, mec="white", label="killed with SIGKILL", **style)
     axes.plot(starts, [truth[s] for s in starts], "o", mfc="white", mec=START, mew=2.5, label="resumed here", **style)
     for before, after in pairwise(lives):
@@ -79,8 +79,9 @@ def _differences(axes: Axes, gaps: Sequence[tuple[int, float]]) -> None:
     worst = max(abs(gap) for _, gap in gaps)
     axes.axhline(0, color="#DDDDDD", linewidth=0.7)
     axes.plot(*zip(*gaps), ".", color=KILL if worst else RESUMED, markersize=3)
-    axes.set_ylim(*((-1, 1) if worst == 0 else (-1.2 * worst, 1.2 * worst)))
-    axes.set_yticks([0])
+    axes.set_ylim(-1.3 * (worst or 1), 1.3 * (worst or 1))
+    ticks = [-worst, 0.0, worst] if worst else [0.0]
+    axes.set_yticks(ticks, [f"{tick:.1g}" for tick in ticks])
     axes.set_ylabel("difference")
 
 
@@ -97,7 +98,7 @@ def _lives(axes: Axes, whole: Life, lives: Sequence[Life], every: int) -> None:
             axes.plot(life.last, row, "X", color=KILL, mec="white", markersize=10)
         if row > 1:
             lost = rows[row - 1].last - life.resumed
-            again = {"fill": False, "hatch": "////", "edgecolor": START, "linewidth": 0}
+            again: dict[str, Any] = {"fill": False, "hatch": "////", "edgecolor": START, "linewidth": 0}
             label = "steps done again" if row == 2 else None
             axes.barh(row, lost, left=life.resumed, height=0.55, label=label, **again)
             axes.plot(life.resumed, row, "o", mfc="white", mec=START, mew=2.5, markersize=8)

@@ -133,15 +133,13 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, int]:
 
 def make_model(args: argparse.Namespace, device: torch.device, rank: int) -> nn.Module:
     torch.manual_seed(args.seed)  # the same first weights on every rank
-    model: nn.Module = GPT(context=args.context, layers=args.layers, width=args.width).to(device)
+    model = GPT(context=args.context, layers=args.layers, width=args.width).to(device)
+    torch.manual_seed(args.seed + 1 + rank)  # and different dropout masks
     if args.fsdp:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for part in [*model.blocks, model]:
             fully_shard(part, mesh=mesh)
-    elif args.ddp:
-        model = DistributedDataParallel(model)
-    torch.manual_seed(args.seed + 1 + rank)  # and different dropout masks
-    return model
+    return DistributedDataParallel(model) if args.ddp else model
 
 
 def train(args: argparse.Namespace) -> None:
@@ -172,7 +170,7 @@ def train(args: argparse.Namespace) -> None:
                 dist.all_reduce(loss)
                 loss /= dist.get_world_size()
             samples = blake2b(loader.indices(start, loader.position).tobytes(), digest_size=8).hexdigest()
-            record.write(step=step, loss=loss.item().hex(), samples=samples)  # hex: every bit of the number
+            record.write(step=step, loss=float(loss).hex(), samples=samples)  # hex: every bit of the number
             record.save(ckpt.last)
             if ckpt.step(step, loss=loss):  # 4. The step is complete. Saves beside the training, when it is due.
                 break
