@@ -41,18 +41,22 @@ class Cadence:
 
     def next_meeting(self, step: int, now: float) -> int:
         """The next step at which a save may be due."""
-        if self._seen_step is not None and step > self._seen_step:
-            self._step_s = (now - self._seen_s) / (step - self._seen_step)
+        passed = step - self._seen_step if self._seen_step is not None else 0
+        if passed > 0:
+            self._step_s = (now - self._seen_s) / passed
         self._seen_step, self._seen_s = step, now
         candidates = []
         if self.config.every_steps is not None:
             candidates.append((step // self.config.every_steps + 1) * self.config.every_steps)
         if self.config.every_s is not None:
-            candidates.append(step + self._steps_in(self.last_save_s + self.config.every_s - now))
+            candidates.append(step + self._steps_in(self.last_save_s + self.config.every_s - now, passed))
         return min(candidates, default=1 << 62)
 
-    def _steps_in(self, seconds: float) -> int:
-        """Steps that surely fit into the seconds left; most of them, so that a wrong guess is corrected on the way."""
+    def _steps_in(self, seconds: float, passed: int) -> int:
+        """Steps that surely fit into the seconds left; most of them, so that a wrong guess is corrected on the way.
+
+        At most twice as many as were measured: the first steps of a job may take a thousandth of the later ones.
+        """
         if not self._step_s:
             return 1
-        return max(1, math.floor(0.9 * seconds / self._step_s))
+        return max(1, min(math.floor(0.9 * seconds / self._step_s), 2 * passed))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -17,18 +18,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gpumove.cadence import Cadence
 from gpumove.config import Config
-from gpumove.errors import ConfigError, FencedError, GpumoveError, StoreError, describe, rebuild
+from gpumove.errors import ConfigError, GpumoveError, StoreError, describe, rebuild
 from gpumove.format.manifest import Checkpoint
 from gpumove.handle import SaveHandle
-from gpumove.meeting import Claimed, Report, Verdict, first_error
+from gpumove.meeting import Chair, Claimed, Report, Verdict
 from gpumove.restore import fill, read_contents, try_newest
 from gpumove.runner import Runner, Staged
 from gpumove.state.capture import Capture, Job
 from gpumove.state.layout import Planner, urgent
 from gpumove.state.peers import Peers
-from gpumove.state.staging import Stager
+from gpumove.state.staging import Snapshot, Stager
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 
@@ -93,15 +93,13 @@ class Checkpointer:
         self._planner = Planner(self._peers, split_bytes=self.config.chunk_bytes)
         self._stager = Stager(overlap=self.config.overlap)
         self._runner = Runner(self._log, self.config, rank=self._peers.rank, world_size=self._peers.world_size)
-        self._cadence = Cadence(self.config, time.monotonic())
+        self._chair = Chair(self.config, time.monotonic())
         self._claimed, self._closed = False, False
-        self._next_meeting, self._serial = 0, 0
-        self._trace: list[tuple[int, Any]] = []
+        self._next_meeting, self._step = 0, -(1 << 62)
+        self._trace: deque[tuple[int, Any]] = deque(maxlen=_MAX_TRACE)
         self._last: SaveHandle | None = None
-        self.skipped = 0
-        """Saves that were due while the one before was still running."""
-        self.failed = 0
-        """Saves that failed and were not raised (``on_save_error="warn"``), or whose tensors changed under the copy."""
+        self._snapshot: Snapshot | None = None
+        self._runner.settle_at_exit()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -111,10 +109,20 @@ class Checkpointer:
     ) -> None:
         try:
             self.close()
-        except GpumoveError as failure:
+        except Exception as failure:
             if error is None:
                 raise
             _log.error("while the training ended with %s, the last save failed too: %s", type(error).__name__, failure)
+
+    @property
+    def skipped(self) -> int:
+        """Saves that were due while the one before was still running; counted on rank 0."""
+        return self._chair.skipped
+
+    @property
+    def failed(self) -> int:
+        """Saves that failed and were not raised: torn ones, and all with ``on_save_error="warn"``; on rank 0."""
+        return self._chair.failed
 
     @property
     def last(self) -> SaveHandle | None:
@@ -140,11 +148,13 @@ class Checkpointer:
             IntegrityError: every checkpoint is damaged.
             StoreError: the store failed, or cannot hold a run.
         """
+        self._runner.settle(self._last, abandon=True)
+        self._runner.idle()  # the log has one user at a time
         candidates = self._claim(step)
         damaged: list[int] = []
 
         def attempt(checkpoint: Checkpoint) -> None:
-            work = partial(self._load, checkpoint, strict=strict)
+            work = partial(self._load, checkpoint, strict=strict, damaged=damaged)
             self._peers.agree(f"the end of reading step {checkpoint.step}", work)
 
         def say(checkpoint: Checkpoint, error: GpumoveError) -> None:
@@ -154,20 +164,16 @@ class Checkpointer:
         if not candidates:
             return 0
         found = try_newest(candidates, attempt, say=say)
-        self._cadence.last_step = found.step
-        self._peers.agree("the end of restore()", lambda: self._say_resumed(found, damaged))
+        self._chair.cadence.last_step = self._runner.committed_step = self._step = found.step
+        self._next_meeting = 0
+        self._trace.clear()
         _log.info("resumed from step %d of %s", found.step, self._store.url)
         return found.step
 
-    def _say_resumed(self, found: Checkpoint, damaged: Sequence[int]) -> None:
-        if self._peers.rank == 0:
-            words = f"resumed from step {found.step}" + (f"; {len(damaged)} damaged were skipped" if damaged else "")
-            self._log.note(words, resumed=found.number, damaged=damaged)
-
-    def _claim(self, step: int | None) -> list[Checkpoint]:
+    def _claim(self, step: int | None, *, only_if_new: bool = False) -> list[Checkpoint]:
         """Become the owner, on all ranks; the checkpoints to try, newest first."""
         self._peers.meet("the claim of the run")
-        answer = self._claim_here(step) if self._peers.rank == 0 else Claimed()
+        answer = self._claim_here(step, only_if_new) if self._peers.rank == 0 else Claimed()
         answer = msgspec.msgpack.decode(self._peers.broadcast(msgspec.msgpack.encode(answer)), type=Claimed)
         if answer.error is not None:
             raise rebuild(answer.error)
@@ -175,24 +181,34 @@ class Checkpointer:
         self._claimed = True
         return answer.candidates
 
-    def _claim_here(self, step: int | None) -> Claimed:
+    def _claim_here(self, step: int | None, only_if_new: bool) -> Claimed:
         """On rank 0. An error is part of the answer, so that no rank waits for one that will not come."""
         try:
             run = self._log.open(create=True)
             view = self._log.read()
             for broken in view.broken:
                 _log.warning("log entry %d cannot be read and is skipped: %s", broken.number, broken.error)
+            if only_if_new and view.checkpoints:
+                raise ConfigError(
+                    f"{self._store.url} already has checkpoints up to step {view.checkpoints[-1].step}: call restore() "
+                    "before the first step to go on from there, or use a new URL to begin anew"
+                )
             found = view.candidates()
             if step is not None:
                 sound = [c for c in view.checkpoints if c.number not in view.damaged]
                 found = [c for c in reversed(sound) if c.step == step][:1]
                 if not found:
                     raise ConfigError(f"{self._store.url} has no sound checkpoint of step {step}")
-            return Claimed(run, self._log.claim().epoch, found)
+            claim = self._log.claim(resumed=found[0].number if found else None)
+            return Claimed(run, claim.epoch, found)
         except GpumoveError as error:
             return Claimed(error=describe(error))
 
-    def _load(self, checkpoint: Checkpoint, *, strict: bool) -> None:
+    def _load(self, checkpoint: Checkpoint, *, strict: bool, damaged: Sequence[int]) -> None:
+        if damaged and self._peers.rank == 0:
+            # Before it is read: from here on no gc takes it away. For the first one the claim has said so.
+            words = f"going on from step {checkpoint.step}; {len(damaged)} newer ones are damaged"
+            self._log.note(words, resumed=checkpoint.number, damaged=damaged)
         rank, stream = self._peers.rank, self._job.stream()
         contents = read_contents(self._store, checkpoint, rank=rank, config=self.config, stream=stream)
         targets = self._job.match(contents.saved, world_size=self._peers.world_size, strict=strict)
@@ -217,8 +233,11 @@ class Checkpointer:
         Raises:
             GpumoveError: an earlier save failed (once), or the run belongs to somebody else.
         """
+        if self._snapshot is not None:
+            self._snapshot.sight()
+        self._count(step)
         if loss is not None and self._peers.rank == 0:
-            self._trace.append((step, loss.detach().clone() if isinstance(loss, torch.Tensor) else float(loss)))
+            self._trace.append((step, _recorded(loss)))
         if step >= self._next_meeting:
             self._meet(step, force=False, pinned=False)
         return False
@@ -235,12 +254,20 @@ class Checkpointer:
         Returns:
             The handle to wait on.
         """
+        self._count(step)
         if self._last is not None and not self._last.finished:
             self._last.join(self.config.peer_s)
         self._meet(step, force=True, pinned=pinned)
         if self._last is None or self._last.step != step:
             raise StoreError(f"the save of step {step} did not begin")
         return self._last
+
+    def _count(self, step: int) -> None:
+        if type(step) is not int or abs(step) >= 1 << 53:
+            raise ConfigError(f"a step is an int below 2**53, not {step!r}")
+        if step < self._step:
+            raise ConfigError(f"steps only grow: {step} came after {self._step}. Count them over all epochs")
+        self._step = step
 
     def _meet(self, step: int, *, force: bool, pinned: bool) -> None:
         """All ranks are here: learn what rank 0 decides, and do it."""
@@ -249,7 +276,9 @@ class Checkpointer:
         capture, report = self._look(step)
         self._peers.meet(f"the meeting at step {step}")
         reports = self._peers.gather(msgspec.msgpack.encode(report))
-        verdict = self._decide(step, reports, force=force) if self._peers.rank == 0 else Verdict()
+        verdict = Verdict()
+        if self._peers.rank == 0:
+            verdict = self._chair.decide(step, reports, self._last, force=force, now=time.monotonic())
         verdict = msgspec.msgpack.decode(self._peers.broadcast(msgspec.msgpack.encode(verdict)), type=Verdict)
         self._next_meeting = verdict.next_meeting
         if isinstance(capture, Exception):
@@ -267,10 +296,17 @@ class Checkpointer:
             return
         self._runner.settle(self._last, abandon=True)
         handle = SaveHandle(step, self._runner.attempt(verdict.serial))
-        snapshot = self._stager.stage(layout.sources, urgent(layout, capture, self._runner.mutable))
         self._last = handle
-        agreed, trace = self._planner.agreement(), self._take_trace()
-        self._runner.start(Staged(handle, snapshot, layout, capture, agreed, trace, began, pinned))
+        try:
+            snapshot = self._stager.stage(layout.sources, urgent(layout, capture, self._runner.mutable))
+            self._snapshot = snapshot
+            handle.watch(snapshot.sight)
+            agreed, trace = self._planner.agreement(), self._take_trace()
+            self._runner.start(Staged(handle, snapshot, layout, capture, agreed, trace, began, pinned))
+        except BaseException as error:
+            self._runner.fail(handle, error)
+            handle.mark_seen()
+            raise
         handle.stats.stall_s += time.perf_counter() - began
 
     def _look(self, step: int) -> tuple[Capture | Exception, Report]:
@@ -284,43 +320,10 @@ class Checkpointer:
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("the Checkpointer is closed")
-        if not self._claimed and (found := self._claim(None)):
-            raise ConfigError(
-                f"{self._store.url} already has checkpoints up to step {found[0].step}: call restore() before the "
-                "first step to go on from there, or use a new URL to begin anew"
-            )
-
-    def _decide(self, step: int, reports: Sequence[bytes], *, force: bool) -> Verdict:
-        """Rank 0: save or not, plan anew or not, and when to meet again."""
-        now = time.monotonic()
-        found = [msgspec.msgpack.decode(r, type=Report) for r in reports]
-        if (problem := first_error(found)) is not None:
-            return Verdict(error=problem, next_meeting=self._cadence.next_meeting(step, now))
-        verdict = Verdict(replan=any(r.replan for r in found), serial=self._serial + 1)
-        last = self._last
-        failure = last.unseen_error() if last is not None and last.finished else None
-        if last is not None and failure is not None:
-            verdict.told = True
-            if isinstance(failure, GpumoveError) and failure.code == "config.torn":
-                self.failed += 1
-                _log.warning("the save of step %d is discarded and taken again: %s", last.step, failure)
-                verdict.save = True
-            elif self.config.on_save_error == "warn" and not isinstance(failure, FencedError):
-                self.failed += 1
-                _log.error("the save of step %d failed: %s", last.step, failure)
-            else:
-                verdict.error = describe(failure)
-        if self._cadence.due(step, now) or force:
-            if last is not None and not last.finished:
-                self.skipped += 1
-                _log.warning("a save is due at step %d while that of step %d still runs: skipped", step, last.step)
-            else:
-                verdict.save = True
-            self._cadence.took(step, now)
-        if verdict.save:
-            self._serial += 1
-        verdict.next_meeting = self._cadence.next_meeting(step, now)
-        return verdict
+        if not self._claimed:
+            self._claim(None, only_if_new=True)
+        if self._peers.rank == 0 and self._peers.world_size == 1:
+            self._log.check_owner()  # with several ranks the commit says so, on all of them
 
     def _raise(self, error: tuple[str, str, str]) -> None:
         """The same error on all ranks; on rank 0 it is the original."""
@@ -329,8 +332,8 @@ class Checkpointer:
 
     def _take_trace(self) -> list[tuple[int, Any]]:
         """What was recorded since the last commit."""
-        committed = self._runner.committed_step
-        self._trace = [t for t in self._trace if t[0] > committed][-_MAX_TRACE:]
+        while self._trace and self._trace[0][0] <= self._runner.committed_step:
+            self._trace.popleft()
         return list(self._trace)
 
     # ---------------------------------------------------------------- end
@@ -355,3 +358,12 @@ class Checkpointer:
         if failure is not None and self._last is not None:
             self._last.mark_seen()
             raise failure
+
+
+def _recorded(loss: torch.Tensor | float) -> Any:
+    """A loss as it is kept until the next save: a copy, since a captured graph writes to the same tensor again."""
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1:
+            raise ConfigError(f"the loss is recorded as one number, and this one has the shape {list(loss.shape)}")
+        return loss.detach().clone()
+    return float(loss)

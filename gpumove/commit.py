@@ -114,6 +114,8 @@ def commit(log: Log, order: Order, parts: Sequence[PartRef]) -> Checkpoint:
     epoch = log.epoch
     if epoch is None:
         raise ConfigError("only an owner may commit: claim the run first")
+    if not order.attempt.startswith(keys.attempt_name(epoch, 0)[:9]):
+        raise ConfigError(f"the attempt {order.attempt} is dead: this is epoch {epoch}", code="config.dead")
     new_bytes = sum(part.new_bytes for part in parts)
     plan = digest("".join(order.plans).encode())
     manifest = encode(

@@ -77,9 +77,12 @@ class Config:
             raise ConfigError(f"unknown settings {unknown}; known ones are {sorted(known)}")
         values: dict[str, Any] = {}
         for variable, text in (os.environ if env is None else env).items():
+            if not variable.startswith(_PREFIX):
+                continue
             name = variable.removeprefix(_PREFIX).lower()
-            if variable.startswith(_PREFIX) and name in known:
-                values[name] = _parse(variable, text, str(known[name].type))
+            if name not in known:
+                raise ConfigError(f"the variable {variable} is no setting; known ones are {sorted(known)}")
+            values[name] = _parse(variable, text, str(known[name].type))
         return cls(**{**values, **arguments})
 
     def replace(self, **changes: Any) -> Config:
@@ -107,10 +110,12 @@ def _parse(variable: str, text: str, kind: str) -> Any:
 
 def _check_cadence(c: Config) -> list[str]:
     problems = [
-        f"{name} must be None or above 0, not {getattr(c, name)!r}"
-        for name in ("every_steps", "every_s", "keep_last", "keep_every")
-        if getattr(c, name) is not None and not getattr(c, name) > 0
+        f"{name} must be None or an int above 0, not {value!r}"
+        for name in ("every_steps", "keep_last", "keep_every")
+        if (value := getattr(c, name)) is not None and (type(value) is not int or value <= 0)
     ]
+    if c.every_s is not None and not 0 < c.every_s < float("inf"):
+        problems.append(f"every_s must be None or a finite number above 0, not {c.every_s!r}")
     problems += [
         f"{name} must be a finite number above 0, not {getattr(c, name)!r}"
         for name in ("deadline_s", "retry_s", "peer_s")

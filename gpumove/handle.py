@@ -56,6 +56,7 @@ class SaveHandle:
         self._entry: Checkpoint | None = None
         self._follow: Callable[[float], Checkpoint] | None = None
         self._seen = False
+        self._sight: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
         state = (
@@ -67,6 +68,7 @@ class SaveHandle:
     @property
     def staged(self) -> bool:
         """Whether the copy is complete: from here on live tensors may be changed by anybody."""
+        self._sight()
         return self._staged.is_set() and self.error is None
 
     @property
@@ -82,6 +84,7 @@ class SaveHandle:
     @property
     def finished(self) -> bool:
         """Whether this rank has nothing left to do for it, by success or failure."""
+        self._sight()
         return self._finished.is_set()
 
     def wait_staged(self, timeout_s: float | None = None) -> None:
@@ -114,7 +117,7 @@ class SaveHandle:
         return self._entry
 
     def _wait(self, event: threading.Event, timeout_s: float | None, what: str) -> None:
-        if not event.wait(timeout_s):
+        if not self._wait_in_sight(event, timeout_s):
             raise StoreError(f"the save of step {self.step} was not {what} within {timeout_s} s", code="store.timeout")
         if self.error is not None:
             self._seen = True
@@ -122,7 +125,21 @@ class SaveHandle:
 
     def join(self, timeout_s: float | None) -> None:
         """Wait until this rank has nothing left to do for it; raises nothing."""
-        self._finished.wait(timeout_s)
+        self._wait_in_sight(self._finished, timeout_s)
+
+    def _wait_in_sight(self, event: threading.Event, timeout_s: float | None) -> bool:
+        """Wait; the save may in turn be waiting to see the training thread once the copy is complete."""
+        self._sight()
+        if event is not self._staged and not self._staged.wait(timeout_s):
+            return False
+        self._sight()
+        done = event.wait(timeout_s)
+        self._sight()
+        return done
+
+    def watch(self, sight: Callable[[], None]) -> None:
+        """``sight`` is called whenever the training thread looks at this handle."""
+        self._sight = sight
 
     def unseen_error(self) -> BaseException | None:
         """The error, if it was not raised anywhere yet."""

@@ -1,13 +1,19 @@
-"""What the ranks tell rank 0 when they meet, and what it answers. Plain records; who sends them is not known here."""
+"""What the ranks tell rank 0 when they meet, and what it decides. Who carries the messages is not known here."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import msgspec
 
-from gpumove.errors import ConfigError, describe
+from gpumove.cadence import Cadence
+from gpumove.config import Config
+from gpumove.errors import ConfigError, FencedError, GpumoveError, describe
 from gpumove.format.manifest import Checkpoint
+from gpumove.handle import SaveHandle
+
+_log = logging.getLogger("gpumove")
 
 Described = tuple[str, str, str]
 """An error as ``errors.describe`` gives it."""
@@ -53,3 +59,74 @@ def first_error(reports: Sequence[Report]) -> Described | None:
             text = f"rank {rank} is at step {report.step} and rank 0 at step {reports[0].step}"
             return describe(ConfigError(f"{text}: call step() and save() with the same numbers on all ranks"))
     return None
+
+
+class Chair:
+    """Rank 0's side of the meetings: whether to save, whether to plan anew, and when to meet again."""
+
+    def __init__(self, config: Config, now: float) -> None:
+        self._config = config
+        self.cadence = Cadence(config, now)
+        self.serial = 0
+        self.skipped = 0
+        self.failed = 0
+        self._warned = False
+
+    def decide(
+        self, step: int, messages: Sequence[bytes], last: SaveHandle | None, *, force: bool, now: float
+    ) -> Verdict:
+        """Answer the ranks' reports. It never raises: the other ranks wait for the answer.
+
+        Args:
+            step: where the ranks are.
+            messages: their encoded reports.
+            last: the newest save.
+            force: a save was asked for.
+            now: seconds of a monotonic clock.
+        """
+        try:
+            reports = [msgspec.msgpack.decode(m, type=Report) for m in messages]
+            problem = first_error(reports)
+            if problem is None:
+                problem, told, again = self._look_back(last)
+                if problem is None:
+                    return self._answer(step, reports, last, wanted=force or again, told=told, now=now)
+                return Verdict(error=problem, told=told, next_meeting=step + 1)
+            return Verdict(error=problem, next_meeting=step + 1)
+        except Exception as error:  # noqa: BLE001 - told to all ranks
+            return Verdict(error=describe(error), next_meeting=step + 1)
+
+    def _look_back(self, last: SaveHandle | None) -> tuple[Described | None, bool, bool]:
+        """What became of the last save: (an error to raise, whether it is dealt with, whether to save again)."""
+        failure = last.unseen_error() if last is not None and last.finished else None
+        if last is None or failure is None:
+            return None, False, False
+        if isinstance(failure, GpumoveError) and failure.code == "config.torn":
+            self.failed += 1
+            _log.warning("the save of step %d is discarded and taken again: %s", last.step, failure)
+            return None, True, True
+        if self._config.on_save_error == "warn" and not isinstance(failure, FencedError):
+            self.failed += 1
+            _log.error("the save of step %d failed: %s", last.step, failure)
+            return None, True, False
+        return describe(failure), True, False
+
+    def _answer(
+        self, step: int, reports: Sequence[Report], last: SaveHandle | None, *, wanted: bool, told: bool, now: float
+    ) -> Verdict:
+        verdict = Verdict(replan=any(r.replan for r in reports), told=told)
+        if self.cadence.due(step, now) or wanted:
+            self.cadence.took(step, now)
+            if last is not None and not last.finished:
+                self._skip(step, last)
+            else:
+                self.serial += 1
+                verdict.save, verdict.serial, self._warned = True, self.serial, False
+        verdict.next_meeting = self.cadence.next_meeting(step, now)
+        return verdict
+
+    def _skip(self, step: int, last: SaveHandle) -> None:
+        self.skipped += 1
+        say = _log.debug if self._warned else _log.warning  # once for a row of them
+        say("a save is due at step %d while that of step %d still runs: skipped and counted", step, last.step)
+        self._warned = True

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch
 from gpumove.commit import Order, commit, wait_for_commit, wait_for_parts
 from gpumove.config import Config
 from gpumove.environment import fingerprint
-from gpumove.errors import ConfigError, FencedError, GpumoveError
+from gpumove.errors import ConfigError, FencedError
 from gpumove.format import keys
 from gpumove.format.manifest import Checkpoint
 from gpumove.handle import SaveHandle
@@ -74,14 +76,19 @@ class Runner:
 
     def settle(self, handle: SaveHandle | None, *, abandon: bool) -> None:
         """Wait until nothing uses the staging memory, telling a running save to give up if so asked."""
-        if self._preparation is not None:
-            self._preparation.result()
-            self._preparation = None
+        preparation, self._preparation = self._preparation, None
+        # One that has not begun would only cost time; one that failed is no loss, since staging does the same.
+        if preparation is not None and not preparation.cancel() and (error := preparation.exception()) is not None:
+            _log.warning("the staging memory could not be prepared: %s", error)
         if handle is None or handle.finished:
             return
         if abandon:
             handle.cancelled.set()
         handle.join(None)
+
+    def idle(self) -> None:
+        """Wait until the background does nothing at all, retention included."""
+        self._thread.submit(lambda: None).result()
 
     def start(self, staged: Staged) -> None:
         """Hand a staged save to the background."""
@@ -89,18 +96,21 @@ class Runner:
 
     def _run(self, staged: Staged) -> None:
         handle = staged.handle
-        request = self._request(staged)
         try:
-            self._save(staged, request)
+            self._save(staged, self._request(staged))
             handle.finish()
         except BaseException as error:  # noqa: BLE001 - kept in the handle, raised once in the training thread
-            try:
-                say_failure(self._log_book.store, request, error)
-            finally:
-                handle.finish(error)
+            _log.debug("the save of step %d failed: %s", handle.step, error)
+            handle.finish(error)
+            say_failure(self._log_book.store, handle.attempt, self._rank, error)
             return
         if self._rank == 0:
             self._retain()
+
+    def fail(self, handle: SaveHandle, error: BaseException) -> None:
+        """A save that did not get as far as the background: end it, and leave word for the committer."""
+        handle.finish(error)
+        self._thread.submit(say_failure, self._log_book.store, handle.attempt, self._rank, error)
 
     def _request(self, staged: Staged) -> Request:
         shared = staged.capture.shared if self._rank == 0 else {}
@@ -114,11 +124,12 @@ class Runner:
             items=staged.layout.items,
             values={**shared, **staged.capture.own},
             cancelled=staged.handle.cancelled,
+            confirm=lambda: self._whole(staged, lambda: staged.snapshot.confirm(self._config.deadline_s)),
         )
 
     def _save(self, staged: Staged, request: Request) -> None:
         handle, stats = staged.handle, staged.handle.stats
-        self._await_copy(staged)
+        self._whole(staged, staged.snapshot.wait)
         handle.mark_staged(time.perf_counter() - staged.began)
         _, part = self._writer.write(request, staged.snapshot)
         stats.state_bytes, stats.clean_bytes, stats.new_bytes = part.state_bytes, part.clean_bytes, part.new_bytes
@@ -128,9 +139,10 @@ class Runner:
         if self._rank == 0:
             handle.mark_committed(self._commit(staged), time.perf_counter() - staged.began)
 
-    def _await_copy(self, staged: Staged) -> None:
+    def _whole(self, staged: Staged, check: Callable[[], None]) -> None:
+        """Check the snapshot; if it is torn, remember by what and say so."""
         try:
-            staged.snapshot.wait()
+            check()
         except ConfigError as error:
             names = sorted({staged.layout.names[i] for i in staged.snapshot.changed})
             self.mutable.update(names)
@@ -174,7 +186,7 @@ class Runner:
             done = collect(self._log_book, self._retention, reach=self._reachable)
         except FencedError:
             return  # the next commit says so
-        except GpumoveError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not be lost in the background
             _log.warning("retention failed and is tried again after the next save: %s", error)
             return
         live = {c.attempt for c in done.kept}
@@ -186,6 +198,22 @@ class Runner:
             self._reach[checkpoint.attempt] = frozenset(reachable(self._log_book.store, checkpoint))
         return self._reach[checkpoint.attempt]
 
+    def settle_at_exit(self) -> None:
+        """Let a running save finish if the script ends without ``close``.
+
+        Executors refuse work once the interpreter shuts down; callbacks registered here run before that. The function
+        has no public name in python 3.10 to 3.14; without it such a save is lost, and says so.
+        """
+        register = getattr(threading, "_register_atexit", None)
+        thread = weakref.ref(self._thread)
+
+        def settle() -> None:
+            if (executor := thread()) is not None:
+                executor.shutdown()
+
+        if register is not None:
+            register(settle)
+
     def close(self) -> None:
         """End the threads; a running save must have been settled."""
         self._thread.shutdown()
@@ -193,6 +221,9 @@ class Runner:
 
 
 def _number(loss: Any) -> float | None:
-    """A recorded loss as a number. Here, in the background, a device value may be waited for."""
-    value = float(loss)
+    """A recorded loss as a number, if it is one. Here, in the background, a device value may be waited for."""
+    try:
+        value = float(loss)
+    except (TypeError, ValueError, RuntimeError):
+        return None  # a trace is for people: it never costs a save
     return value if math.isfinite(value) else None

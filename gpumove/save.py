@@ -14,7 +14,7 @@ import base64
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +23,7 @@ import msgspec
 
 from gpumove.budget import ByteBudget
 from gpumove.config import Config
-from gpumove.errors import GpumoveError, StoreError
+from gpumove.errors import GpumoveError, IntegrityError, StoreError
 from gpumove.format import keys
 from gpumove.format.boxes import Box, split
 from gpumove.format.codec import Buffer, digest, encode
@@ -67,6 +67,8 @@ class Request:
     items: Sequence[Item]
     values: dict[str, Any]
     cancelled: threading.Event = field(default_factory=threading.Event)
+    confirm: Callable[[], None] = lambda: None
+    """Raises if the snapshot turns out not to be whole; called when all else is written."""
 
     def check(self) -> None:
         """Stop here if nobody wants the save any more."""
@@ -139,6 +141,7 @@ class PartWriter:
             request.attempt, rank=request.rank, digest=digest(data), plan=request.plan, new_bytes=stats.new_bytes
         )
         request.check()
+        request.confirm()
         self._store.put(key, data)
         self.predecessor = table
         stats.seconds = time.perf_counter() - began
@@ -236,6 +239,8 @@ class PartWriter:
 
     def _code(self, task: _Task, source: memoryview) -> _Coded:
         data = source[task.start : task.start + task.nbytes]
+        if len(data) != task.nbytes:
+            raise IntegrityError(f"the copy of {task.key.fqn} has {len(data)} bytes where its box needs {task.nbytes}")
         found = digest(data)
         before = self.predecessor.get(task.key)
         if before is not None and before.chunk.digest == found:
@@ -344,11 +349,11 @@ class PackTable:
         return msgspec.structs.replace(chunk, pack=number, base=base)
 
 
-def say_failure(store: Store, request: Request, error: BaseException) -> None:
+def say_failure(store: Store, attempt: str, rank: int, error: BaseException) -> None:
     """Leave word for the committer that this rank will not finish, so that it need not wait. Best effort."""
     code = error.code if isinstance(error, GpumoveError) else "error"
-    record = {"format": FORMAT, "rank": request.rank, "code": code, "error": f"{type(error).__name__}: {error}"[:2000]}
+    record = {"format": FORMAT, "rank": rank, "code": code, "error": f"{type(error).__name__}: {error}"[:2000]}
     try:
-        store.put(keys.failed_key(request.attempt, request.rank), msgspec.json.encode(record))
+        store.put(keys.failed_key(attempt, rank), msgspec.json.encode(record))
     except GpumoveError:
         pass  # the store is what failed; the committer's own bound ends its wait

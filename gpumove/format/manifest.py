@@ -123,6 +123,7 @@ class Claim(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="claim"):
     """Opens an epoch; fences every older one."""
 
     host: str = ""
+    resumed: int | None = None
 
 
 class Checkpoint(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="checkpoint"):
@@ -163,6 +164,7 @@ class Collect(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="gc"):
 
     kept: tuple[Checkpoint, ...]
     resumed: int | None = None
+    abandoned: tuple[int, ...] = ()
 
 
 LogEntry = Claim | Checkpoint | Note | Pin | Collect

@@ -94,14 +94,14 @@ def _row(store: Store, view: View, checkpoint: Checkpoint, nbytes: int | None) -
 
 def _resume(view: View, rows: Sequence[Row]) -> Resume:
     """The newest checkpoint that nothing is known to be wrong with, as restore() goes through them."""
-    rows = [row for row in rows if view.resumed is None or row.entry <= view.resumed]
+    rows = sorted(rows, key=lambda row: row.entry not in view.abandoned)  # stable: abandoned ones are tried last
     if not rows:
         return Resume(0, None, "no checkpoint has been committed yet, so training begins at step 0")
     skipped: list[str] = []
     for row in reversed(rows):
         if row.damage is None:
             why = "it is the newest committed checkpoint"
-            if view.resumed is not None and row.entry != view.checkpoints[-1].number:
+            if row.entry == view.resumed and row.entry != view.checkpoints[-1].number:
                 why = "the run went on from it last, and nothing was committed after that"
             if skipped:
                 why = f"newer ones are damaged: {'; '.join(skipped)}"

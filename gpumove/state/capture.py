@@ -16,7 +16,7 @@ from gpumove.state.members import Member, Meta, ModelMember, ObjectMember, RngMe
 from gpumove.state.optimizer import OptimizerMember
 from gpumove.state.peers import process_rank
 from gpumove.state.plan import listed
-from gpumove.state.values import dtype_name, tensor_names, unflatten
+from gpumove.state.values import dtype_name, dtype_of, tensor_names, unflatten
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Job:
                 for table, into in ((saved.local, targets.local), (saved.tensors, targets.tensors)):
                     if fqn in table and fqn not in into:
                         meta = table[fqn]
-                        into[fqn] = torch.empty(meta.shape, dtype=getattr(torch, meta.dtype))
+                        into[fqn] = torch.empty(meta.shape, dtype=dtype_of(meta.dtype), device="cpu")
         return targets
 
     def load(self, saved: Saved, targets: Targets) -> None:

@@ -16,7 +16,7 @@ from gpumove.format.boxes import Box
 from gpumove.state.capture import Capture
 from gpumove.state.members import Tensors
 from gpumove.state.peers import Peers
-from gpumove.state.plan import Item, Piece, Shard, assign, local_tensor, plan_digest, shard_of
+from gpumove.state.plan import Item, Piece, Shard, assign, check_dense, local_tensor, plan_digest, shard_of
 from gpumove.state.values import dtype_name
 
 
@@ -110,6 +110,8 @@ class Planner:
 
     def lay_out(self, capture: Capture) -> Layout:
         """Bind the agreed plan, and this rank's own tensors behind it, to live tensors."""
+        for fqn, tensor in capture.local.items():
+            check_dense(fqn, tensor)
         specs = [(fqn, t.dtype, t.shape) for fqn, t in capture.local.items()]
         locals_now = [local_tensor(t) for t in capture.local.values()]
         if self._bound is None:

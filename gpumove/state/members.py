@@ -65,9 +65,13 @@ class Member(Protocol):
         """Take over values, after all tensors were filled. ``tensors`` are those that no target was given for."""
 
 
-def signature(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]]:
-    """Identity and address of tensors: equal signatures mean that references taken earlier are still the live ones."""
-    return [(id(t), local_tensor(t).data_ptr()) for t in tensors]
+Signature: TypeAlias = list[tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]]
+
+
+def signature(tensors: Iterable[torch.Tensor]) -> Signature:
+    """Identity, address and view of tensors: if equal, references taken earlier are still the live ones."""
+    locals_now = [(id(t), local_tensor(t)) for t in tensors]
+    return [(name, t.data_ptr(), t.shape, t.stride(), t.dtype) for name, t in locals_now]
 
 
 class ModelMember:
@@ -76,7 +80,7 @@ class ModelMember:
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
         self._sharded = [m for m in module.modules() if isinstance(m, FSDPModule)]
-        self._signature: list[tuple[int, int]] | None = None
+        self._signature: Signature | None = None
         self._live = Live()
 
     def live(self) -> Live:
@@ -99,8 +103,8 @@ class ModelMember:
         live, extra = Live(), {}
         for key, value in get_model_state_dict(self.module).items():
             fqn = f"{self.name}.{key}"
-            if not isinstance(value, torch.Tensor):
-                extra[key] = value
+            if not isinstance(value, torch.Tensor) or key.rpartition(".")[2] == "_extra_state":
+                extra[key] = value  # a tensor of get_extra_state() is new each time, and goes back by set_extra_state()
             elif key in buffers and not isinstance(value, DTensor):
                 live.local[fqn] = value.detach()  # BatchNorm and the like differ between ranks: each keeps its own
             else:
@@ -170,6 +174,11 @@ class ObjectMember:
         live = Live()
         sink = live.tensors if self.shared else live.local
         tree = flatten(self.name, state, sink)
+        if sharded := [n for n, t in sink.items() if isinstance(t, DTensor)]:
+            raise ConfigError(
+                f"{sharded[0]} is a DTensor inside a plain state_dict, where it could not be put back on another mesh: "
+                "pass the module that it belongs to, in model= or objects="
+            )
         live.at_once.update(sink)
         if self.shared:
             live.shared = tree

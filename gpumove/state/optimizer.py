@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gpumove.errors import ConfigError
-from gpumove.state.members import Live, Meta, Tensors, signature
+from gpumove.state.members import Live, Meta, Signature, Tensors, signature
 from gpumove.state.values import dtype_of, flatten
 
 _OURS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
@@ -25,6 +25,11 @@ class OptimizerMember:
     """A ``torch.optim.Optimizer``: state by parameter name, hyper-parameters by group."""
 
     def __init__(self, name: str, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(
+                f"{name} is a {type(optimizer).__name__} and no torch.optim.Optimizer, so gpumove cannot know when it "
+                "changes parameters: pass the optimizer that it wraps, or itself in objects= with overlap=False"
+            )
         self.name, self.optimizer = name, optimizer
         self._names = dict(names)
         for g, group in enumerate(optimizer.param_groups):
@@ -33,7 +38,7 @@ class OptimizerMember:
         self._in_backward = any(
             hasattr(p, "_in_backward_optimizers") for group in optimizer.param_groups for p in group["params"]
         )
-        self._signature: list[tuple[int, int]] | None = None
+        self._signature: Signature | None = None
         self._cached = Live()
         self._filled: dict[int, set[str]] = {}
 
@@ -95,7 +100,7 @@ class OptimizerMember:
         self._filled = {}
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                where = f"{self.name}.{self._names[id(p)]}"
+                where = f"{self.name}.{self._name_of(p)}"
                 self._filled[id(p)] = set(keys.get(where, ()))
                 for key in keys.get(where, ()):
                     found[f"{where}.{key}"] = self._target(p, key, saved[f"{where}.{key}"], group)
@@ -115,8 +120,8 @@ class OptimizerMember:
                 "run one optimizer step before restore(), so that the optimizer creates it"
             )
         else:
-            # Step counters live on the host unless the kernel reads them on the device.
-            on_device = meta.shape or group.get("capturable") or group.get("fused")
+            # Step counters live on the host unless the kernel reads them on the device; all else is the parameter's.
+            on_device = key != "step" or group.get("capturable") or group.get("fused")
             state[key] = torch.empty(meta.shape, dtype=dtype, device=p.device if on_device else "cpu")
         tensor: torch.Tensor = state[key]
         return tensor
@@ -125,7 +130,7 @@ class OptimizerMember:
         """Hyper-parameters in place, and the state that is no plain tensor (LBFGS, say)."""
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                self._take_state(p, values["state"].get(self._names[id(p)], {}))
+                self._take_state(p, values["state"].get(self._name_of(p), {}))
         for group, saved in zip(self.optimizer.param_groups, values["param_groups"]):
             for key, value in saved.items():
                 if key in _OURS and key in group:
@@ -144,7 +149,7 @@ class OptimizerMember:
         state = self.optimizer.state[p]
         for key in [k for k in state if k not in keep]:
             del state[key]
-        state.update(entries)
+        state.update({key: _moved(value, p.device) for key, value in entries.items()})
 
     def misfits(self, values: Any) -> list[str]:
         """How a saved optimizer's groups differ from the live one's."""
@@ -153,7 +158,7 @@ class OptimizerMember:
             return [f"{self.name} has {len(live)} parameter groups, and the checkpoint {len(saved)}"]
         problems = []
         for index, (old, new) in enumerate(zip(saved, live)):
-            names = {self._names[id(p)] for p in new["params"]}
+            names = {self._name_of(p) for p in new["params"]}
             if gone := sorted(set(old["params"]) - names):
                 problems.append(f"{self.name} group {index} of the checkpoint also has {_some(gone)}")
             if more := sorted(names - set(old["params"])):
@@ -163,3 +168,12 @@ class OptimizerMember:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors inside lists and dicts, such as LBFGS keeps, to their parameter's device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, device) for item in value)
+    return {k: _moved(v, device) for k, v in value.items()} if isinstance(value, dict) else value

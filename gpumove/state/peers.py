@@ -51,12 +51,12 @@ class Peers:
         """Everybody's message, in the order of ranks, on rank 0; an empty list elsewhere."""
         if self._group is None:
             return [message]
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        sizes = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.world_size)]
         with _bounded():
-            dist.all_gather(sizes, torch.tensor([len(message)]), group=self._group)
+            dist.all_gather(sizes, torch.tensor([len(message)], device="cpu"), group=self._group)
             width = max(int(n) for n in sizes)
             mine = _tensor(message.ljust(width, b"\0"))
-            into = [torch.empty(width, dtype=torch.uint8) for _ in sizes] if self.rank == 0 else None
+            into = [torch.empty(width, dtype=torch.uint8, device="cpu") for _ in sizes] if self.rank == 0 else None
             dist.gather(mine, into, dst=0, group=self._group)
         return [bytes(t.numpy())[: int(n)] for t, n in zip(into or [], sizes)]
 
@@ -64,10 +64,10 @@ class Peers:
         """Rank 0's message, on every rank."""
         if self._group is None:
             return message
-        size = torch.tensor([len(message)])
+        size = torch.tensor([len(message)], device="cpu")
         with _bounded():
             dist.broadcast(size, src=0, group=self._group)
-            body = _tensor(message) if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+            body = _tensor(message) if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8, device="cpu")
             dist.broadcast(body, src=0, group=self._group)
         return bytes(body.numpy())
 
@@ -75,13 +75,13 @@ class Peers:
         """From rank 0's list, each rank's own message. Other ranks pass an empty list."""
         if self._group is None:
             return messages[0]
-        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64, device="cpu")
         if self.rank == 0:
-            sizes = torch.tensor([len(m) for m in messages])
+            sizes = torch.tensor([len(m) for m in messages], device="cpu")
         with _bounded():
             dist.broadcast(sizes, src=0, group=self._group)
             width = int(sizes.max())
-            mine = torch.empty(width, dtype=torch.uint8)
+            mine = torch.empty(width, dtype=torch.uint8, device="cpu")
             rows = [_tensor(m.ljust(width, b"\0")) for m in messages] if self.rank == 0 else None
             dist.scatter(mine, rows, src=0, group=self._group)
         return bytes(mine.numpy())[: int(sizes[self.rank])]
@@ -133,7 +133,11 @@ def process_rank() -> int:
 
 
 def _tensor(message: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else torch.empty(0, dtype=torch.uint8)
+    return (
+        torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        if message
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
 
 
 def _first_line(error: BaseException) -> str:

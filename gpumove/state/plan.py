@@ -77,9 +77,22 @@ def local_box(fqn: str, tensor: torch.Tensor) -> Box:
         return Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes))
     if type(tensor).__name__ == "ShardedTensor":
         raise ConfigError(f"{fqn} is a ShardedTensor of FSDP1: wrap the model with torch's fully_shard (FSDP2) instead")
+    check_dense(fqn, tensor)
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+        raise ConfigError(f"{fqn} is an expanded tensor, which cannot be restored in place: make it .contiguous()")
+    return Box((0,) * tensor.dim(), tuple(tensor.shape))
+
+
+def check_dense(fqn: str, tensor: torch.Tensor) -> None:
+    """Raise ConfigError for a tensor that has no bytes to save."""
+    if tensor.is_meta:
+        raise ConfigError(f"{fqn} is on the meta device and has no values: materialise the model first")
     if tensor.is_nested or tensor.layout is not torch.strided:
         raise ConfigError(f"{fqn} is a {tensor.layout} tensor; only dense (strided) tensors can be saved")
-    return Box((0,) * tensor.dim(), tuple(tensor.shape))
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+        raise ConfigError(
+            f"{fqn} is an expanded tensor, which cannot be restored in place: use .contiguous() or .clone()"
+        )
 
 
 def shard_of(fqn: str, tensor: torch.Tensor, *, probe: bool) -> Shard:

@@ -29,7 +29,7 @@ class Arena:
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._pinned = False
 
     @property
@@ -56,7 +56,7 @@ class Arena:
         """Give the memory back."""
         if self._pinned:
             _check_cuda(_runtime().cudaHostUnregister(self._bytes.data_ptr()))
-        self._bytes, self._map, self._pinned = torch.empty(0, dtype=torch.uint8), None, False
+        self._bytes, self._map, self._pinned = torch.empty(0, dtype=torch.uint8, device="cpu"), None, False
 
 
 def _runtime() -> Any:
@@ -79,7 +79,9 @@ class Snapshot:
         self._on_host = threading.Event()
         self._events: list[tuple[torch.device, torch.cuda.Event]] = []
         self._watched: list[tuple[int, torch.Tensor, int]] = []
-        self._sealed = threading.Lock()
+        self._comparing = threading.Lock()
+        self._thread = threading.get_ident()
+        self._sighted = threading.Event()
         self.changed: list[int] = []
         """Sources that were changed while they were copied; filled by ``wait``."""
         self.nbytes = sum(n for _, n in slots)
@@ -100,6 +102,31 @@ class Snapshot:
         self._done.wait()
         if self._error is not None:
             raise self._error
+        self._check_changed()
+
+    def sight(self) -> None:
+        """The training thread is here, so it is in no operation, and all that it has changed so far can be seen.
+
+        torch raises a tensor's version when an operation ends: while one runs, a comparison elsewhere sees nothing.
+        """
+        if not self._sighted.is_set() and threading.get_ident() == self._thread:
+            self._compare()
+            if self._done.is_set():
+                self._sighted.set()
+
+    def confirm(self, timeout_s: float) -> None:
+        """Wait until the training thread was seen after the copy, or for ``timeout_s``, and compare for the last time.
+
+        Raises:
+            ConfigError: the training code changed a source during the copy (code ``config.torn``).
+        """
+        if not self._sighted.wait(timeout_s):
+            self._compare()
+        self._check_changed()
+
+    def _check_changed(self) -> None:
+        if self.changed:
+            raise ConfigError("tensors changed while they were copied", code="config.torn")
 
     def view(self, index: int) -> memoryview:
         """The bytes of one source."""
@@ -108,26 +135,26 @@ class Snapshot:
 
     def fence(self) -> None:
         """Called before an optimizer changes anything: the host waits for host copies, the stream for device ones."""
-        if self._done.is_set():
+        if self._sighted.is_set():
             return
         began = time.perf_counter()
         self._on_host.wait()
-        self._seal()
+        self._compare()
+        self._sighted.set()  # versions that the optimizer raises from here on are no damage
         for device, event in self._events:
             # What the host enqueues from here on runs behind the copy: the host itself need not wait for it.
             torch.cuda.current_stream(device).wait_event(event)
         self.fence_s += time.perf_counter() - began
 
-    def _seal(self) -> None:
-        """Compare versions once: whatever changed up to here was changed under the copy."""
-        with self._sealed:
-            self.changed += [i for i, t, version in self._watched if t._version != version]
-            self._watched = []
+    def _compare(self) -> None:
+        """Note what was changed under the copy, unless an optimizer may have done it since."""
+        with self._comparing:
+            if not self._sighted.is_set():
+                found = {i for i, t, version in self._watched if t._version != version}
+                self.changed += sorted(found - set(self.changed))
 
     def _finish(self, error: BaseException | None) -> None:
-        self._seal()
-        if error is None and self.changed:
-            error = ConfigError("tensors changed while they were copied", code="config.torn")
+        self._compare()
         self._error = error
         self._on_host.set()
         self._done.set()
@@ -159,6 +186,7 @@ class Stager:
         """Touch the memory that a snapshot of these sources needs, so that the first is as quick as the rest."""
         nbytes = sum(-(-t.numel() * t.element_size() // _ALIGN) * _ALIGN for t in sources) + extra_bytes
         if nbytes > self._arena.nbytes:
+            self._copies = []  # they point into the arena that goes
             self._arena.reserve(nbytes, pin=any(t.is_cuda for t in sources)).zero_()
 
     def stage(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool]) -> Snapshot:
@@ -177,7 +205,6 @@ class Stager:
         on_device = [i for i in later if sources[i].is_cuda]
         on_host = [i for i in later if not sources[i].is_cuda]
         keep = self._enqueue(snapshot, sources, on_device, at_once)
-        self._current = snapshot
         if not on_device and not on_host:
             snapshot._finish(None)
         else:
@@ -186,6 +213,8 @@ class Stager:
             ).start()
             if not self._overlap:
                 snapshot._done.wait()
+        snapshot.sight()
+        self._current = snapshot  # last: an optimizer must never wait for a copy that did not begin
         return snapshot
 
     def _lay_out(self, sources: Sequence[torch.Tensor]) -> None:

@@ -60,7 +60,7 @@ def flatten(path: str, value: Any, sink: dict[str, torch.Tensor]) -> Any:
 
 def _plain(path: str, value: Any) -> Any:
     """Values whose class is not matched exactly."""
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and np.dtype(value.dtype.str) == value.dtype and not value.dtype.hasobject:
         return {"$npscalar": [value.dtype.str, _b64(value.tobytes())]}
     raise ConfigError(
         f"the value at {path!r} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be saved "
@@ -101,9 +101,9 @@ def _sorted(value: Any) -> list[Any]:
 
 
 def _ndarray(path: str, value: np.ndarray[Any, Any], _sink: object) -> Any:
-    if value.dtype.hasobject:
+    if value.dtype.hasobject or np.dtype(value.dtype.str) != value.dtype:
         raise ConfigError(
-            f"the array at {path!r} holds Python objects, which cannot be saved", code="config.unencodable"
+            f"the array at {path!r} has the dtype {value.dtype}, which cannot be saved", code="config.unencodable"
         )
     return {"$ndarray": [value.dtype.str, list(value.shape), _b64(np.ascontiguousarray(value).tobytes())]}
 

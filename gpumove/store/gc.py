@@ -113,7 +113,7 @@ def collect(log: Log, retention: Retention, *, reach: Callable[[Checkpoint], Ite
         made.append(plan(store, view, retention, reach=reach))
         return Collect(
             format=FORMAT, number=number, epoch=view.epoch, writer=log.writer, time=time.time(),
-            kept=made[-1].kept, resumed=view.resumed,
+            kept=made[-1].kept, resumed=view.resumed, abandoned=tuple(sorted(view.abandoned)),
         )  # fmt: skip
 
     log.append(make)

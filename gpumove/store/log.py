@@ -40,6 +40,7 @@ class Log:
         self.writer = uuid.uuid4().hex
         self.run = ""
         self.epoch: int | None = None
+        self._claimed_at = 0
         self.view = View()
 
     def open(self, *, create: bool) -> str:
@@ -129,6 +130,7 @@ class Log:
         Raises:
             FencedError: another writer has claimed the run.
         """
+        self.check_owner()
         for _ in range(_MAX_CONFLICTS):
             number = self.view.head + 1
             entry = make(self.view, number)
@@ -159,7 +161,10 @@ class Log:
     def _follow(self, number: int) -> None:
         """Take in an entry of somebody else's."""
         key = keys.entry_key(number)
-        self.view = self.view.extended(self._decoded(key))
+        try:
+            self.view = self.view.extended(self._decoded(key))
+        except IntegrityError as error:
+            self.view = self.view.extended(Broken(number, str(error)))
         self.check_owner()
 
     def follow(self) -> None:
@@ -173,7 +178,14 @@ class Log:
             self._follow(self.view.head + 1)
 
     def check_owner(self) -> None:
-        """Raise FencedError if this writer has claimed an epoch and a newer one is known."""
+        """Raise FencedError if this writer has claimed an epoch and a newer one is known, or may have been claimed."""
+        lost = [b for b in self.view.broken if b.number > self._claimed_at]
+        if self.epoch is not None and lost:
+            raise FencedError(
+                f"{lost[0].error}. It was written by somebody else and may have been a claim: stop this process; a new "
+                "start with restore() claims the run and goes on",
+                code="fenced.unknown",
+            )
         if self.epoch is not None and self.view.epoch > self.epoch:
             raise FencedError(
                 f"{self.store.url}: this process owned epoch {self.epoch}, and {self.view.host or 'another writer'} "
@@ -181,19 +193,19 @@ class Log:
                 f"{_say(self.view.find())}"
             )
 
-    def claim(self) -> Claim:
-        """Open a new epoch, fencing every older owner."""
+    def claim(self, *, resumed: int | None = None) -> Claim:
+        """Open a new epoch, fencing every older owner, and say which entry the run goes on from."""
         self.epoch = None
         host = socket.gethostname()
 
         def make(view: View, number: int) -> Claim:
             return Claim(
                 format=FORMAT, number=number, epoch=view.epoch + 1 + len(view.broken), writer=self.writer,
-                time=time.time(), host=host,
+                time=time.time(), host=host, resumed=resumed,
             )  # fmt: skip
 
         entry = self.append(make)
-        self.epoch = entry.epoch
+        self.epoch, self._claimed_at = entry.epoch, entry.number
         return entry  # type: ignore[return-value]
 
     def adopt(self, run: str, epoch: int) -> None:

@@ -31,6 +31,8 @@ class View:
     checkpoints: tuple[Checkpoint, ...] = ()
     resumed: int | None = None
     """The entry that the run went on from last, until something was committed after that."""
+    abandoned: frozenset[int] = frozenset()
+    """Checkpoints that were newer than one that the run went on from: another line, left on purpose or for damage."""
     damaged: frozenset[int] = frozenset()
     broken: tuple[Broken, ...] = ()
     """Damaged entries. Each may have been a claim: epochs are counted past them."""
@@ -44,27 +46,31 @@ class View:
             case Broken():
                 return replace(seen, broken=(*self.broken, entry))
             case Claim():
-                return replace(seen, epoch=entry.epoch, writer=entry.writer, host=entry.host)
+                seen = replace(seen, epoch=entry.epoch, writer=entry.writer, host=entry.host)
+                return seen._going_on_from(entry.resumed)
             case Checkpoint():
                 return replace(seen, checkpoints=(*self.checkpoints, entry), resumed=None)
             case Note():
-                return replace(
-                    seen,
-                    resumed=self.resumed if entry.resumed is None else entry.resumed,
-                    damaged=self.damaged | set(entry.damaged),
-                )
+                return replace(seen, damaged=self.damaged | set(entry.damaged))._going_on_from(entry.resumed)
             case Pin():
                 return replace(seen, checkpoints=tuple(_pinned(c, entry) for c in self.checkpoints))
             case Collect():
                 # The gc entry carries the epoch that it was written in, so that claims below it are not missed.
                 return replace(
-                    seen, checkpoints=entry.kept, resumed=entry.resumed, first=entry.number, epoch=entry.epoch
-                )
+                    seen, checkpoints=entry.kept, resumed=entry.resumed, first=entry.number, epoch=entry.epoch,
+                    abandoned=frozenset(entry.abandoned),
+                )  # fmt: skip
+
+    def _going_on_from(self, number: int | None) -> View:
+        if number is None:
+            return self
+        newer = {c.number for c in self.checkpoints if c.number > number}
+        return replace(self, resumed=number, abandoned=(self.abandoned | newer) - {number})
 
     def candidates(self) -> list[Checkpoint]:
-        """What a restore tries, in order: from where the run went on last, newest first, without known damage."""
-        line = [c for c in self.checkpoints if self.resumed is None or c.number <= self.resumed]
-        return [c for c in reversed(line) if c.number not in self.damaged]
+        """What a restore tries: the run's own line, newest first, then abandoned ones; nothing known to be damaged."""
+        sound = [c for c in reversed(self.checkpoints) if c.number not in self.damaged]
+        return sorted(sound, key=lambda c: c.number in self.abandoned)
 
     def find(self, step: int | None = None) -> Checkpoint | None:
         """The newest one of a step, or the one that a restore would try first."""
