@@ -84,6 +84,7 @@ class Runner:
             return
         if abandon:
             handle.cancelled.set()
+            handle.mark_seen()  # that it was abandoned is no news to whoever did it
         handle.join(None)
 
     def idle(self) -> None:

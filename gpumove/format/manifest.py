@@ -7,7 +7,7 @@ that cannot be read is an IntegrityError that names the object; one of a newer f
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 from msgspec import Struct
@@ -202,6 +202,14 @@ class _Probe(Struct):
     format: int = 0
 
 
+# Built here, not when first used: msgspec 0.22 resolves a class lazily, and two threads that do so at once crash the
+# process. Ready decoders may be used by any number of threads.
+_PROBE = msgspec.json.Decoder(_Probe)
+_DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in (Run, Part, Manifest, LogEntry)
+}
+
+
 def encode(record: Record) -> bytes:
     """The stored bytes of a record: compact JSON, fields in a fixed order."""
     return msgspec.json.encode(record)
@@ -220,13 +228,13 @@ def decode(kind: type[R], data: bytes | memoryview, *, key: str) -> R:
         IntegrityError: the bytes are not such a record.
     """
     try:
-        probe = msgspec.json.decode(data, type=_Probe)
+        probe = _PROBE.decode(data)
         if probe.format > FORMAT:
             raise ConfigError(
                 f"{key} is of format {probe.format}, and this gpumove reads up to {FORMAT}: upgrade gpumove",
                 code="config.newer_format",
             )
-        return msgspec.json.decode(data, type=kind)
+        return cast(R, _DECODERS[kind].decode(data))
     except (msgspec.DecodeError, msgspec.ValidationError, RecursionError, UnicodeDecodeError) as error:
         raise IntegrityError(
             f"{key} is not a readable record ({error}): the object is damaged or was not written by gpumove",
