@@ -44,7 +44,7 @@ format: venv ## apply the formatting
 types: venv ## static types
 	@$(PY) -m mypy
 
-demo: venv ## train, kill, move and resume a small job, in one go
+demo: venv ## train, kill and resume a small job, and compare every loss
 	@$(PY) -m examples.demo $(ARGS)
 
 bench: venv tools ## the benchmarks
