@@ -23,9 +23,9 @@ from gpumove.errors import ConfigError, GpumoveError, StoreError, describe, rebu
 from gpumove.format.manifest import Checkpoint
 from gpumove.handle import SaveHandle
 from gpumove.meeting import Chair, Claimed, Report, Verdict
-from gpumove.restore import fill, read_contents, try_newest
+from gpumove.restore import Contents, fill, read_contents, try_newest
 from gpumove.runner import Runner, Staged
-from gpumove.state.capture import Capture, Job
+from gpumove.state.capture import Capture, Job, Targets
 from gpumove.state.layout import Planner, urgent
 from gpumove.state.peers import Peers
 from gpumove.state.staging import Snapshot, Stager
@@ -154,8 +154,10 @@ class Checkpointer:
         damaged: list[int] = []
 
         def attempt(checkpoint: Checkpoint) -> None:
-            work = partial(self._load, checkpoint, strict=strict, damaged=damaged)
-            self._peers.agree(f"the end of reading step {checkpoint.step}", work)
+            # In two goes: no rank touches its live objects before all have found that the checkpoint fits theirs.
+            look, step = partial(self._compare, checkpoint, strict=strict, damaged=damaged), checkpoint.step
+            found = self._peers.agree(f"the comparison with step {step}", look)
+            self._peers.agree(f"the end of reading step {step}", lambda: self._load(*found))
 
         def say(checkpoint: Checkpoint, error: GpumoveError) -> None:
             damaged.append(checkpoint.number)
@@ -204,14 +206,16 @@ class Checkpointer:
         except GpumoveError as error:
             return Claimed(error=describe(error))
 
-    def _load(self, checkpoint: Checkpoint, *, strict: bool, damaged: Sequence[int]) -> None:
+    def _compare(self, checkpoint: Checkpoint, *, strict: bool, damaged: Sequence[int]) -> tuple[Contents, Targets]:
         if damaged and self._peers.rank == 0:
             # Before it is read: from here on no gc takes it away. For the first one the claim has said so.
             words = f"going on from step {checkpoint.step}; {len(damaged)} newer ones are damaged"
             self._log.note(words, resumed=checkpoint.number, damaged=damaged)
         rank, stream = self._peers.rank, self._job.stream()
         contents = read_contents(self._store, checkpoint, rank=rank, config=self.config, stream=stream)
-        targets = self._job.match(contents.saved, world_size=self._peers.world_size, strict=strict)
+        return contents, self._job.match(contents.saved, world_size=self._peers.world_size, strict=strict)
+
+    def _load(self, contents: Contents, targets: Targets) -> None:
         fill(self._store, contents, targets, config=self.config)
         self._job.load(contents.saved, targets)
         self._runner.take_predecessor(contents.predecessor())

@@ -30,6 +30,9 @@ from gpumove.store.log import Log
 from gpumove.store.records import Ref, reachable
 
 _log = logging.getLogger("gpumove")
+_SIGHT_S = 2.0
+"""How long a part waits to see the training thread after the copy. An operation that was changing a tensor is over by
+then; a thread that is still away may be in a barrier, where it waits for a rank that waits for this very commit."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Runner:
             items=staged.layout.items,
             values={**shared, **staged.capture.own},
             cancelled=staged.handle.cancelled,
-            confirm=lambda: self._whole(staged, lambda: staged.snapshot.confirm(self._config.deadline_s)),
+            confirm=lambda: self._whole(staged, lambda: staged.snapshot.confirm(_SIGHT_S)),
         )
 
     def _save(self, staged: Staged, request: Request) -> None:

@@ -97,7 +97,7 @@ def test_the_environment_is_read_and_people_are_spoken_to_in_one_place(path: Pat
 
 # A reason may exceed a size; it is written here, next to the figure.
 LONG_FILES = {
-    "checkpointer": 370,  # one public object; its docstrings are a third of it
+    "checkpointer": 380,  # one public object; its docstrings are a third of it
     "save": 370,  # one pipeline, read from top to bottom
     "store.objects": 370,  # seven verbs with their docstrings
     "state.loader": 370,  # the loader and its order of samples

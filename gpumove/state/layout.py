@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import torch
@@ -76,13 +77,8 @@ class Planner:
         Raises:
             LayoutError: the ranks' shards do not make whole tensors; on every rank alike.
         """
-        shards: tuple[Shard, ...] = ()
-
-        def describe() -> None:
-            nonlocal shards
-            shards = _describe(capture, probe=self._peers.world_size > 1)
-
-        self._peers.agree("the description of the layout", describe)
+        look = partial(_describe, capture, probe=self._peers.world_size > 1)
+        shards = self._peers.agree("the description of the layout", look)
         answers: list[bytes] = []
         gathered = self._peers.gather(msgspec.msgpack.encode(shards))
         if self._peers.rank == 0:

@@ -40,7 +40,7 @@ class OptimizerMember:
         )
         self._signature: Signature | None = None
         self._cached = Live()
-        self._filled: dict[int, set[str]] = {}
+        self._filled: dict[int, tuple[str, ...]] = {}
 
     def live(self) -> Live:
         """State tensors by reference. An optimizer that has not stepped has none, and is not made to have any."""
@@ -91,7 +91,10 @@ class OptimizerMember:
         return saved
 
     def targets(self, saved: Mapping[str, Meta]) -> Tensors:
-        """Live state tensors where they fit, new ones like the parameter where the optimizer has none yet."""
+        """Live state tensors where they fit, new ones like the parameter where the optimizer has none yet.
+
+        New ones are given to the optimizer in :meth:`load`, when they are filled and nothing has failed.
+        """
         keys: dict[str, list[str]] = {}
         for fqn in saved:
             where, _, key = fqn.rpartition(".")
@@ -101,54 +104,52 @@ class OptimizerMember:
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 where = f"{self.name}.{self._name_of(p)}"
-                self._filled[id(p)] = set(keys.get(where, ()))
+                self._filled[id(p)] = tuple(keys.get(where, ()))
                 for key in keys.get(where, ()):
                     found[f"{where}.{key}"] = self._target(p, key, saved[f"{where}.{key}"], group)
         return found
 
     def _target(self, p: torch.Tensor, key: str, meta: Meta, group: Mapping[str, Any]) -> torch.Tensor:
-        state = self.optimizer.state[p]
-        present = state.get(key)
+        present = self.optimizer.state.get(p, {}).get(key)
         dtype = dtype_of(meta.dtype)
         if isinstance(present, torch.Tensor) and (present.dtype, tuple(present.shape)) == (dtype, meta.shape):
             return present
         if tuple(p.shape) == meta.shape and meta.shape:
-            state[key] = torch.empty_like(p.detach(), dtype=dtype)  # a DTensor where the parameter is one
-        elif isinstance(p, DTensor) and meta.shape:
+            return torch.empty_like(p.detach(), dtype=dtype)  # a DTensor where the parameter is one
+        if isinstance(p, DTensor) and meta.shape:
             raise ConfigError(
                 f"the optimizer state {key!r} has the shape {list(meta.shape)}, not its sharded parameter's: "
                 "run one optimizer step before restore(), so that the optimizer creates it"
             )
-        else:
-            # Step counters live on the host unless the kernel reads them on the device; all else is the parameter's.
-            on_device = key != "step" or group.get("capturable") or group.get("fused")
-            state[key] = torch.empty(meta.shape, dtype=dtype, device=p.device if on_device else "cpu")
-        tensor: torch.Tensor = state[key]
-        return tensor
+        # Step counters live on the host unless the kernel reads them on the device; all else is the parameter's.
+        on_device = key != "step" or group.get("capturable") or group.get("fused")
+        return torch.empty(meta.shape, dtype=dtype, device=p.device if on_device else "cpu")
 
     def load(self, values: Any, tensors: Tensors) -> None:
         """Hyper-parameters in place, and the state that is no plain tensor (LBFGS, say)."""
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                self._take_state(p, values["state"].get(self._name_of(p), {}))
+                where = f"{self.name}.{self._name_of(p)}"
+                filled = {key: tensors[f"{where}.{key}"] for key in self._filled.get(id(p), ())}
+                self._take_state(p, filled, values["state"].get(self._name_of(p), {}))
         for group, saved in zip(self.optimizer.param_groups, values["param_groups"]):
             for key, value in saved.items():
                 if key in _OURS and key in group:
                     continue
-                if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor):
-                    group[key].copy_(value)
+                if isinstance(group.get(key), torch.Tensor) and isinstance(value, (torch.Tensor, float, int)):
+                    group[key].copy_(torch.as_tensor(value))
                 else:
                     group[key] = value
 
-    def _take_state(self, p: torch.Tensor, entries: dict[str, Any]) -> None:
-        """State that is no plain tensor, and away with what the checkpoint does not have."""
-        keep = self._filled.get(id(p), set()) | set(entries)
-        if not keep:
+    def _take_state(self, p: torch.Tensor, filled: Tensors, entries: dict[str, Any]) -> None:
+        """The checkpoint's state of one parameter, plain tensors and the rest, and away with what it does not have."""
+        if not filled and not entries:
             self.optimizer.state.pop(p, None)
             return
         state = self.optimizer.state[p]
-        for key in [k for k in state if k not in keep]:
+        for key in [k for k in state if k not in filled and k not in entries]:
             del state[key]
+        state.update(filled)
         state.update({key: _moved(value, p.device) for key, value in entries.items()})
 
     def misfits(self, values: Any) -> list[str]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import msgspec
 import torch
 import torch.distributed as dist
 
 from gpumove.errors import ConfigError, StoreError, describe, rebuild
+
+T = TypeVar("T")
 
 
 class Peers:
@@ -86,14 +89,15 @@ class Peers:
             dist.scatter(mine, rows, src=0, group=self._group)
         return bytes(mine.numpy())[: int(sizes[self.rank])]
 
-    def agree(self, where: str, work: Callable[[], None]) -> None:
-        """Do the same work on all ranks and meet; if it fails on one, raise that error on all of them.
+    def agree(self, where: str, work: Callable[[], T]) -> T:
+        """Do the same work on all ranks and meet; its result, or on all of them the error that it raised on one.
 
         Anything but an IntegrityError weighs more than one, since only damage has a fall-back.
         """
         mine: Exception | None = None
+        results: list[T] = []
         try:
-            work()
+            results.append(work())
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
             mine = error
         self.meet(where)
@@ -105,7 +109,7 @@ class Peers:
             verdict = msgspec.msgpack.encode(failed[0][1:] if failed else None)
         worst = msgspec.msgpack.decode(self.broadcast(verdict))
         if worst is None:
-            return
+            return results[0]
         rank, described = worst
         if mine is not None and rank == self.rank:
             raise mine

@@ -157,14 +157,12 @@ def restore_in_vain(rank: int, url: str) -> tuple[str, bool]:
     model = nn.Linear(4, 4 if rank == 0 else 5)
     optimizer = torch.optim.AdamW(model.parameters())
     before = [p.detach().clone() for p in model.parameters()]
-    torch.manual_seed(5)
     with Checkpointer(url, model=model, optimizer=optimizer, **SETTINGS) as ckpt:
         try:
             ckpt.restore()
         except GpumoveError as error:
-            untouched = all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and not optimizer.state
-            torch.manual_seed(5)
-            return type(error).__name__, untouched and dict(optimizer.state) == {}
+            untouched = all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+            return type(error).__name__, untouched and not optimizer.state
     return "", False
 
 
