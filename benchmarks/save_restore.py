@@ -153,6 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
             samples.append(run_trial(trial, sizes[trial.store], options.saves, scratch))
             if error := samples[-1].get("error"):
                 console.print(f"  [red]failed[/] {error}", highlight=False)
+    except KeyboardInterrupt:
+        console.print("interrupted: what follows is of the trials that were complete")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     table = Table(samples)

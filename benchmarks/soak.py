@@ -107,7 +107,12 @@ def run(place: Place, *, size_mb: float, saves: int, budget_mib: int) -> Soak:
         job.train_step()
     bare, rows = memory(), []
     budget = budget_mib * _MIB
-    settings = {"budget_bytes": budget, "pack_bytes": budget // 8, "chunk_bytes": budget // 32, "keep_last": 2}
+    settings: dict[str, Any] = {
+        "budget_bytes": budget,
+        "pack_bytes": budget // 8,
+        "chunk_bytes": budget // 32,
+        "keep_last": 2,
+    }
     with Checkpointer(
         place.url,
         model=job.model,

@@ -66,7 +66,7 @@ def wait_for_parts(log: Log, order: Order, *, timeout_s: float, cancelled: threa
                 raise StoreError(
                     f"the save of step {order.step} is incomplete after {timeout_s:.0f} s: no part of "
                     f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing))}. The newest committed "
-                    "checkpoint stands; look at those ranks' logs",
+                    "checkpoint stands; look at those ranks' logs, and whether all ranks write to one store",
                     code="store.missing_parts",
                 )
             time.sleep(pause * _CHANCE.uniform(0.5, 1.0))
