@@ -212,7 +212,6 @@ def ask(work: Callable[[], Any], log: Path) -> Any:
         RuntimeError: it failed; the log has the reason.
     """
     receive, send = os.pipe()
-
     pid = fork(lambda: _send(send, work()), log)
     os.close(send)
     with os.fdopen(receive, "rb") as pipe:
