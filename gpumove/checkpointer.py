@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -19,9 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gpumove.config import Config
-from gpumove.errors import ConfigError, GpumoveError, StoreError, describe, rebuild
+from gpumove.errors import ConfigError, GpumoveError, LayoutError, StoreError, describe, rebuild
 from gpumove.format.manifest import Checkpoint
 from gpumove.handle import SaveHandle
+from gpumove.losses import Losses
 from gpumove.meeting import Chair, Claimed, Report, Verdict
 from gpumove.restore import Contents, fill, read_contents, try_newest
 from gpumove.runner import Runner, Staged
@@ -33,7 +33,6 @@ from gpumove.store.log import Log
 from gpumove.store.objects import Store
 
 _log = logging.getLogger("gpumove")
-_MAX_TRACE = 10_000
 
 
 class Checkpointer:
@@ -92,13 +91,16 @@ class Checkpointer:
         self._log = Log(self._store)
         self._planner = Planner(self._peers, split_bytes=self.config.chunk_bytes)
         self._stager = Stager(overlap=self.config.overlap)
-        self._runner = Runner(self._log, self.config, rank=self._peers.rank, world_size=self._peers.world_size)
+        self._runner = Runner(
+            self._log, self.config, self._stager, rank=self._peers.rank, world_size=self._peers.world_size
+        )
         self._chair = Chair(self.config, time.monotonic())
         self._claimed, self._closed = False, False
         self._next_meeting, self._step = 0, -(1 << 62)
-        self._trace: deque[tuple[int, Any]] = deque(maxlen=_MAX_TRACE)
+        self._losses = Losses()
         self._last: SaveHandle | None = None
         self._snapshot: Snapshot | None = None
+        self._restored: Contents | None = None
         self._runner.settle_at_exit()
 
     def __enter__(self) -> Checkpointer:
@@ -166,9 +168,10 @@ class Checkpointer:
         if not candidates:
             return 0
         found = try_newest(candidates, attempt, say=say)
+        self._follow_on()
         self._chair.cadence.last_step = self._runner.committed_step = self._step = found.step
         self._next_meeting = 0
-        self._trace.clear()
+        self._losses.clear()
         _log.info("resumed from step %d of %s", found.step, self._store.url)
         return found.step
 
@@ -218,7 +221,24 @@ class Checkpointer:
     def _load(self, contents: Contents, targets: Targets) -> None:
         fill(self._store, contents, targets, config=self.config)
         self._job.load(contents.saved, targets)
-        self._runner.take_predecessor(contents.predecessor())
+        self._restored = contents
+
+    def _follow_on(self) -> None:
+        """What was restored is what the next save is coded against: stage it now, while it is what is there."""
+        if self._restored is None:
+            return
+        table, self._restored = self._restored.predecessor(), None
+        self._runner.take_predecessor(table)
+        if not self.config.delta or self.config.codec == "raw":
+            return
+        capture = self._peers.agree("the cut after the restore", self._job.capture)
+        try:
+            self._planner.agree(capture)
+        except (ConfigError, LayoutError):
+            return  # on all ranks alike. The first save says so; a job that only reads may go on
+        layout = self._planner.lay_out(capture)
+        self._snapshot = self._stager.stage(layout.sources, urgent(layout, capture, self._runner.mutable))
+        self._runner.follow_on(table, self._snapshot, layout, capture)
 
     # ---------------------------------------------------------------- save
 
@@ -241,7 +261,7 @@ class Checkpointer:
             self._snapshot.sight()
         self._count(step)
         if loss is not None and self._peers.rank == 0:
-            self._trace.append((step, _recorded(loss)))
+            self._losses.record(step, loss)
         if step >= self._next_meeting:
             self._meet(step, force=False, pinned=False)
         return False
@@ -296,7 +316,7 @@ class Checkpointer:
         layout = self._planner.lay_out(capture)
         if not verdict.save:
             if verdict.replan:
-                self._runner.prepare(self._stager, layout.sources)
+                self._runner.prepare(layout.sources)
             return
         self._runner.settle(self._last, abandon=True)
         handle = SaveHandle(step, self._runner.attempt(verdict.serial))
@@ -305,7 +325,7 @@ class Checkpointer:
             snapshot = self._stager.stage(layout.sources, urgent(layout, capture, self._runner.mutable))
             self._snapshot = snapshot
             handle.watch(snapshot.sight)
-            agreed, trace = self._planner.agreement(), self._take_trace()
+            agreed, trace = self._planner.agreement(), self._losses.since(self._runner.committed_step)
             self._runner.start(Staged(handle, snapshot, layout, capture, agreed, trace, began, pinned))
         except BaseException as error:
             self._runner.fail(handle, error)
@@ -334,12 +354,6 @@ class Checkpointer:
         original = None if self._last is None else self._last.error
         raise original if original is not None and describe(original) == error else rebuild(error)
 
-    def _take_trace(self) -> list[tuple[int, Any]]:
-        """What was recorded since the last commit."""
-        while self._trace and self._trace[0][0] <= self._runner.committed_step:
-            self._trace.popleft()
-        return list(self._trace)
-
     # ---------------------------------------------------------------- end
 
     def close(self) -> None:
@@ -362,12 +376,3 @@ class Checkpointer:
         if failure is not None and self._last is not None:
             self._last.mark_seen()
             raise failure
-
-
-def _recorded(loss: torch.Tensor | float) -> Any:
-    """A loss as it is kept until the next save: a copy, since a captured graph writes to the same tensor again."""
-    if isinstance(loss, torch.Tensor):
-        if loss.numel() != 1:
-            raise ConfigError(f"the loss is recorded as one number, and this one has the shape {list(loss.shape)}")
-        return loss.detach().clone()
-    return float(loss)

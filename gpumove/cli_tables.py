@@ -20,6 +20,7 @@ from gpumove.errors import GpumoveError
 from gpumove.format.manifest import Checkpoint
 from gpumove.inspection.doctor import Check
 from gpumove.inspection.export import ExportReport
+from gpumove.inspection.groups import Way
 from gpumove.inspection.run import VerifyReport
 from gpumove.inspection.summary import Detail, Overview, Row, TensorRow
 from gpumove.store.gc import Plan
@@ -163,6 +164,7 @@ def show_detail(screen: Screen, data: Detail) -> None:
         "written": f"{when}, epoch {data.epoch}, attempt {data.attempt}, {_say_count(data.world_size, 'rank')}",
         "state": f"{size(data.state_bytes)}, stored in {size(data.stored_bytes)}",
         "sent": f"{size(data.new_bytes)} of packs; {size(data.older_stored_bytes)} are referred to in older attempts",
+        "restore": f"fetches {size(data.restore_bytes)}, through up to {_say_count(data.chain, 'earlier save')}",
         "values": ", ".join(data.values) or "none",
         "losses": _say_trace(data),
         "manifest": data.manifest,
@@ -173,10 +175,10 @@ def show_detail(screen: Screen, data: Detail) -> None:
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         screen.line((f"{name:<11}", "dim"), text)
     screen.line("")
-    heads = ("group", "tensors", "bytes", "stored", "new", "in parts", "chunks by codec")
+    heads = ("group", "tensors", "bytes", "stored", "ratio", "new", "how")
     screen.table(heads, (
-        (g.name, str(g.tensors), size(g.nbytes), size(g.stored_bytes), size(g.new_stored_bytes), size(g.inline_bytes),
-         ", ".join(f"{n} {c}" for c, n in sorted(g.codecs.items())))
+        (g.name, str(g.tensors), size(g.nbytes), size(g.stored_bytes), _ratio(g.stored_bytes, g.nbytes),
+         size(g.new_stored_bytes), ", ".join(_say_way(name, way) for name, way in sorted(g.ways.items())))
         for g in data.groups
     ), right="lrrrrrl")  # fmt: skip
     screen.line("")
@@ -189,6 +191,17 @@ def show_detail(screen: Screen, data: Detail) -> None:
         screen.line("")
         per_tensor = ("tensor", "dtype", "shape", "bytes", "chunks", "rank")
         screen.table(per_tensor, (_tensor(row) for row in data.tensors), right="lllrrr")
+
+
+def _ratio(stored: int, nbytes: int) -> str:
+    return f"{stored / nbytes:.1%}" if nbytes else ""
+
+
+def _say_way(name: str, way: Way) -> str:
+    """Such as ``predicted 9.0 MB (12.1%)``; what was not sent at all has no ratio."""
+    if name in ("clean", "inline"):
+        return f"{name} {size(way.nbytes)}"
+    return f"{name} {size(way.nbytes)} ({_ratio(way.stored_bytes, way.nbytes)})"
 
 
 def _say_trace(data: Detail) -> str:

@@ -33,7 +33,19 @@ class Config:
     keep_every: int | None = None
     """Retention also keeps every checkpoint whose step is a multiple of this."""
     codec: str = "auto"
-    """``"raw"``, ``"zstd"``, or ``"auto"``: zstd where a sample shrinks to half. What does not shrink is stored raw."""
+    """``"auto"``: code what changed unless the store is faster than that. ``"small"``: always. ``"raw"``: never."""
+    delta: bool = True
+    """Store what changed as a difference to the last save, by the optimizer's own rule where that is known."""
+    max_chain: int = 16
+    """Most saves in a row that a chunk is stored as a difference; then it is stored by itself again."""
+    max_restore_amplification: float = 2.0
+    """Most bytes that a restore may have to fetch because of differences, as a multiple of the raw state."""
+    predecessor_bytes: int | None = None
+    """Host memory for the last save's bytes, per rank; 0 for none, None for a quarter of what is free."""
+    predecessor_dir: str | None = None
+    """A folder on a fast local disk for them, where they do not fit in memory."""
+    skip_unchanged: bool = False
+    """Look for unchanged tensors before they are copied. For jobs that train a small part of a model."""
     overlap: bool = True
     """Copy beside forward and backward, waited for before the next optimizer step. ``False`` copies at once."""
     budget_bytes: int = 256 * _MIB
@@ -85,6 +97,12 @@ class Config:
             values[name] = _parse(variable, text, str(known[name].type))
         return cls(**{**values, **arguments})
 
+    @staticmethod
+    def ranks_here() -> int:
+        """Ranks that share this machine, as torchrun says; 1 if nobody does."""
+        found = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return max(1, int(found)) if found.isdigit() else 1
+
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
@@ -126,6 +144,12 @@ def _check_cadence(c: Config) -> list[str]:
 
 def _check_sizes(c: Config) -> list[str]:
     problems = []
+    if c.predecessor_bytes is not None and c.predecessor_bytes < 0:
+        problems.append(f"predecessor_bytes must be None or at least 0, not {c.predecessor_bytes}")
+    if type(c.max_chain) is not int or c.max_chain < 0:
+        problems.append(f"max_chain must be an int of at least 0, not {c.max_chain!r}")
+    if not 1.0 <= c.max_restore_amplification < float("inf"):
+        problems.append(f"max_restore_amplification must be a number of at least 1, not {c.max_restore_amplification}")
     if c.chunk_bytes < 4096 or c.chunk_bytes % 16:
         problems.append(f"chunk_bytes must be a multiple of 16 and at least 4096, not {c.chunk_bytes}")
     if c.pack_bytes < c.chunk_bytes:
@@ -141,7 +165,7 @@ def _check_sizes(c: Config) -> list[str]:
 
 
 def _check_words(c: Config) -> list[str]:
-    choices = {"codec": ("auto", "raw", "zstd"), "on_save_error": ("raise", "warn")}
+    choices = {"codec": ("auto", "small", "raw"), "on_save_error": ("raise", "warn")}
     return [
         f"{name} must be one of {', '.join(words)}, not {getattr(c, name)!r}"
         for name, words in choices.items()

@@ -1,6 +1,7 @@
-"""Stored chunks without torch: how large they are, and reading many of them in ranges, verified, in bounded memory.
+"""Stored chunks without torch: reading many of them in ranges, verified, decoded, in bounded memory.
 
-It knows records and a Store, never what the bytes become: each chunk is handed to a function of the caller's.
+It knows records and a Store, never what the bytes become: each chunk is handed to a function of the caller's. Chunks
+that others are decoded from are read with them, once, and verified before anything is decoded from them.
 """
 
 from __future__ import annotations
@@ -8,23 +9,19 @@ from __future__ import annotations
 import base64
 import binascii
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 from gpumove.config import Config
-from gpumove.errors import IntegrityError, ObjectNotFoundError
+from gpumove.errors import GpumoveError, IntegrityError, ObjectNotFoundError
 from gpumove.format.codec import check_digest, decode
 from gpumove.format.dtypes import item_bytes
 from gpumove.format.manifest import Chunk
 from gpumove.format.pack import shape_bytes
+from gpumove.format.stored import Spot, Stored, closure
+from gpumove.ranges import Group, Span, Wanted, groups, spans
 from gpumove.store.objects import Store
-from gpumove.store.records import Ref
-
-_GAP = 256 << 10
-"""Ranges closer than this are fetched as one: a request costs more than the bytes between."""
-_RANGE = 16 << 20
 
 
 def chunk_bytes(dtype: str, chunk: Chunk) -> int:
@@ -32,14 +29,14 @@ def chunk_bytes(dtype: str, chunk: Chunk) -> int:
     return shape_bytes(chunk.shape, item_bytes(dtype))
 
 
-def inline_data(name: str, chunk: Chunk, nbytes: int) -> memoryview:
+def inline_data(name: str, text: str, nbytes: int) -> memoryview:
     """The bytes of a chunk that travels inside its part.
 
     Raises:
         IntegrityError: they are not ``nbytes`` many.
     """
     try:
-        data = base64.b64decode(chunk.inline or "", validate=True)
+        data = base64.b64decode(text, validate=True)
     except binascii.Error:
         data = b""
     if len(data) != nbytes:
@@ -47,67 +44,41 @@ def inline_data(name: str, chunk: Chunk, nbytes: int) -> memoryview:
     return memoryview(data)
 
 
-class Wanted(NamedTuple):
-    """A chunk that somebody needs. ``use`` gets its decoded, verified bytes, which are gone when it returns."""
-
-    name: str
-    ref: Ref
-    nbytes: int
-    use: Callable[[memoryview], None]
-
-
-class Span(NamedTuple):
-    """Bytes of one pack that are read together."""
-
-    key: str
-    start: int
-    stop: int
-    wanted: list[Wanted]
-
-
-def spans(wanted: Iterable[Wanted]) -> list[Span]:
-    """Chunks grouped by pack, neighbours joined; a chunk that is wanted twice is read once. Largest first."""
-    by_pack: dict[str, dict[tuple[int, int], list[Wanted]]] = defaultdict(lambda: defaultdict(list))
-    for want in wanted:
-        by_pack[want.ref.pack.key][want.ref.chunk.at, want.ref.chunk.length].append(want)
-    found: list[Span] = []
-    for key, spots in by_pack.items():
-        last: Span | None = None
-        for at, length in sorted(spots):
-            if last and at <= last.stop + _GAP and at + length - last.start <= _RANGE:
-                last.wanted.extend(spots[at, length])
-                last = found[-1] = last._replace(stop=max(last.stop, at + length))
-            else:
-                # Rounded down, so that chunks keep in the buffer the alignment that they have in the object.
-                last = Span(key, at & ~63, at + length, list(spots[at, length]))
-                found.append(last)
-    return sorted(found, key=lambda s: s.start - s.stop)
-
-
 class Buffers(threading.local):
     """Reused memory of each thread: fresh memory costs more to touch than to fill."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, bytearray] = {}
+        self._free: list[bytearray] = []
 
-    def take(self, name: str, nbytes: int) -> memoryview:
-        """The thread's buffer of this name, grown if need be."""
-        if len(self._kept.get(name, b"")) < nbytes:
-            self._kept[name] = bytearray(nbytes)
-        return memoryview(self._kept[name])[:nbytes]
+    def take(self, nbytes: int) -> memoryview:
+        """A buffer of this size: the smallest that is free and large enough, else a new one."""
+        fits = [n for n, b in enumerate(self._free) if len(b) >= nbytes]
+        if fits:
+            return memoryview(self._free.pop(min(fits, key=lambda n: len(self._free[n]))))[:nbytes]
+        if self._free:
+            self._free.pop()  # too small: memory stays bounded by what was in use at once
+        return memoryview(bytearray(nbytes))
 
-    def drop(self, name: str) -> None:
-        """Never use it again: a call that hung may still write into it."""
-        self._kept.pop(name, None)
+    def give(self, view: memoryview) -> None:
+        """Nobody uses it any more. One that a hung call may still write into is never given back."""
+        if isinstance(view.obj, bytearray):
+            self._free.append(view.obj)
 
 
-def fetch(store: Store, wanted: Sequence[Wanted], *, config: Config) -> int:
+def fetch(
+    store: Store,
+    wanted: Sequence[Wanted],
+    *,
+    config: Config,
+    failed: Callable[[str, IntegrityError], None] | None = None,
+) -> int:
     """Read, verify and hand over chunks, from several threads at once.
 
     Args:
         store: the run.
         wanted: what to read; inline chunks are fine.
         config: how many calls and bytes may be in flight.
+        failed: told the name of every chunk that cannot be had, and why; without it the first such error is raised.
 
     Returns:
         Bytes read from the store.
@@ -116,62 +87,120 @@ def fetch(store: Store, wanted: Sequence[Wanted], *, config: Config) -> int:
         IntegrityError: an object is missing, truncated or damaged; the message names it and the tensor.
     """
     for want in wanted:
-        if want.ref.chunk.inline is not None:
-            want.use(inline_data(want.name, want.ref.chunk, want.nbytes))
-    todo = spans(w for w in wanted if w.ref.chunk.inline is None)
+        if want.placed.inline is not None:
+            want.use(inline_data(want.name, want.placed.inline, want.nbytes))
+    todo = groups(wanted)
     buffers = Buffers()
-    widest = max((s.stop - s.start + max(w.nbytes for w in s.wanted) for s in todo), default=1)
+    widest = max((group.held_bytes for group in todo), default=1)
     threads = max(1, min(config.concurrency, config.budget_bytes // widest, len(todo)))
 
-    def work(span: Span) -> int:
-        _take(store, span, buffers)
-        return span.stop - span.start
+    def work(group: Group) -> int:
+        return _Reader(store, group, buffers, failed).run()
 
     with ThreadPoolExecutor(threads, thread_name_prefix="gpumove-get") as pool:
         return sum(pool.map(work, todo))  # map() takes back what is still queued if one fails
 
 
-def read_span(store: Store, key: str, start: int, stop: int, *, buffers: Buffers) -> memoryview:
-    """Bytes of an object in this thread's buffer, until the next call.
+def read_span(store: Store, span: Span, *, buffers: Buffers) -> memoryview:
+    """Bytes of an object, in a buffer of this thread's.
 
     Raises:
         IntegrityError: it is missing or too short.
     """
-    out = buffers.take("fetched", stop - start)
+    out = buffers.take(span.stop - span.start)
     try:
-        (got,) = store.get_ranges(key, [(start, stop)], [out])
+        (got,) = store.get_ranges(span.key, [(span.start, span.stop)], [out])
     except ObjectNotFoundError as error:
-        raise IntegrityError(f"{store.url}/{key} is missing, and a committed checkpoint needs it") from error
-    if memoryview(got).obj is not out.obj:
-        buffers.drop("fetched")
+        raise IntegrityError(f"{store.url}/{span.key} is missing, and a committed checkpoint needs it") from error
     return memoryview(got)
 
 
-def decoded(chunk: Chunk, stored: memoryview, nbytes: int, *, buffers: Buffers) -> memoryview:
-    """A chunk's decoded bytes, verified; ``stored`` itself if it is raw.
+class _Reader:
+    """Reads and decodes one group in one thread."""
 
-    Raises:
-        IntegrityError: they are damaged.
-    """
-    if chunk.codec == "raw/1" and len(stored) == nbytes:
-        check_digest(stored, chunk.digest)
-        return stored
-    out = buffers.take("decoded", nbytes)
-    decode(chunk.codec, stored, out, expected=chunk.digest)
-    return out
+    def __init__(
+        self, store: Store, group: Group, buffers: Buffers, failed: Callable[[str, IntegrityError], None] | None
+    ) -> None:
+        self._store, self._group, self._buffers, self._failed = store, group, buffers, failed
+        self._spans: dict[str, list[tuple[Span, memoryview]]] = defaultdict(list)
+        self._errors: dict[str, IntegrityError] = {}
+        """By pack: why it could not be read."""
+        self._data: dict[Spot, memoryview] = {}
+        self._broken: dict[Spot, IntegrityError] = {}
 
+    def run(self) -> int:
+        """Read all, decode in order, hand over. Bytes read."""
+        nodes = closure(self._group.nodes.values())
+        for span in spans(nodes.values()):
+            try:
+                self._spans[span.key].append((span, read_span(self._store, span, buffers=self._buffers)))
+            except IntegrityError as error:
+                if self._failed is None:
+                    raise
+                self._errors[span.key] = error
+        waiting = Counter(base.spot for node in nodes.values() for base in node.bases)
+        for spot, node in nodes.items():
+            self._decode(spot, node)
+            if spot in self._group.wanted:
+                self._hand_over(spot)
+            waiting.subtract(base.spot for base in node.bases)
+            for done in {spot, *(base.spot for base in node.bases)}:
+                if not waiting[done] and done in self._data:
+                    self._release(done)
+        read = [(span, data) for found in self._spans.values() for span, data in found]
+        for _, data in read:
+            self._buffers.give(data)
+        return sum(span.stop - span.start for span, _ in read)
 
-def _take(store: Store, span: Span, buffers: Buffers) -> None:
-    got = read_span(store, span.key, span.start, span.stop, buffers=buffers)
-    for want in span.wanted:
-        chunk = want.ref.chunk
-        stored = got[chunk.at - span.start : chunk.at - span.start + chunk.length]
+    def _decode(self, spot: Spot, node: Stored) -> None:
         try:
-            data = decoded(chunk, stored, want.nbytes, buffers=buffers)
+            self._data[spot] = self._decoded(node)
         except IntegrityError as error:
-            raise IntegrityError(
-                f"{store.url}/{span.key} is damaged at bytes {chunk.at} to {chunk.at + chunk.length} ({want.name}): "
-                f"{error}",
-                code="integrity.chunk",
-            ) from error
-        want.use(data)
+            self._broken[spot] = error
+            if self._failed is None:
+                raise self._located(spot, self._what(spot), error) from error
+
+    def _what(self, spot: Spot) -> str:
+        """A chunk in words: its tensor, or those of the wanted chunks that are decoded from it."""
+        if spot in self._group.wanted:
+            return self._group.wanted[spot][0].name
+        needing = [s for s in self._group.wanted if spot in closure([self._group.nodes[s]])]
+        return "a base of " + ", ".join(sorted({w.name for s in needing for w in self._group.wanted[s]})[:3])
+
+    def _located(self, spot: Spot, what: str, error: IntegrityError) -> IntegrityError:
+        where = f"{self._store.url}/{spot.key} is damaged at bytes {spot.at} to {spot.at + spot.length} ({what})"
+        return IntegrityError(f"{where}: {error}", code="integrity.chunk")
+
+    def _decoded(self, node: Stored) -> memoryview:
+        if (error := self._errors.get(node.spot.key)) is not None:
+            raise error
+        for base in node.bases:
+            if (error := self._broken.get(base.spot)) is not None:
+                raise error
+        stored = next(
+            data[node.at - span.start : node.at - span.start + node.length]
+            for span, data in self._spans[node.spot.key]
+            if span.start <= node.at and node.at + node.length <= span.stop
+        )
+        if node.codec == "raw/1" and len(stored) == node.nbytes:
+            check_digest(stored, node.digest)
+            return stored
+        out = self._buffers.take(node.nbytes)
+        try:
+            decode(node.codec, stored, out, bases=[self._data[b.spot] for b in node.bases], expected=node.digest)
+        except GpumoveError:
+            self._buffers.give(out)
+            raise
+        return out
+
+    def _hand_over(self, spot: Spot) -> None:
+        for want in self._group.wanted[spot]:
+            if (error := self._broken.get(spot)) is None:
+                want.use(self._data[spot])
+            elif self._failed is not None:
+                self._failed(want.name, self._located(spot, want.name, error))
+
+    def _release(self, spot: Spot) -> None:
+        data = self._data.pop(spot)
+        if not any(data.obj is whole.obj for found in self._spans.values() for _, whole in found):
+            self._buffers.give(data)

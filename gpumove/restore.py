@@ -15,15 +15,17 @@ import torch
 
 from gpumove.config import Config
 from gpumove.errors import ConfigError, IntegrityError
-from gpumove.fetch import Wanted, fetch
+from gpumove.fetch import fetch
 from gpumove.format.boxes import Box, intersect
-from gpumove.format.manifest import Checkpoint, Manifest, Part, TensorEntry
-from gpumove.save import ChunkKey
+from gpumove.format.manifest import Checkpoint, Manifest, Part
+from gpumove.format.stored import Placed, Shelf, Stored
+from gpumove.ranges import Wanted
+from gpumove.save.chunks import ChunkKey
 from gpumove.state.capture import Saved, Targets
 from gpumove.state.members import Meta, RngMember
 from gpumove.state.plan import local_box, local_tensor
 from gpumove.store.objects import Store
-from gpumove.store.records import Ref, read_manifest, read_parts
+from gpumove.store.records import read_manifest, read_parts
 
 
 @dataclass
@@ -32,23 +34,21 @@ class Contents:
 
     manifest: Manifest
     saved: Saved
-    tensors: dict[str, list[Ref]]
-    local: dict[str, list[Ref]]
+    tensors: dict[str, list[Placed]]
+    local: dict[str, list[Placed]]
 
-    def predecessor(self) -> dict[ChunkKey, Ref]:
+    def predecessor(self) -> dict[ChunkKey, Stored]:
         """What the first save after a restore compares with, so that it sends only what changed."""
-        table = {}
-        for refs, metas, is_local in (
-            (self.tensors, self.saved.tensors, False),
-            (self.local, self.saved.local, True),
-        ):
-            for fqn, chunks in refs.items():
-                dtype, shape = metas[fqn]
-                for ref in chunks:
-                    if ref.chunk.inline is None:
-                        box = Box(ref.chunk.offset, ref.chunk.shape)
-                        table[ChunkKey(fqn, dtype, shape, box, is_local)] = ref
-        return table
+        return {
+            ChunkKey(fqn, *metas[fqn], chunk.box, is_local): chunk.stored
+            for found, metas, is_local in (
+                (self.tensors, self.saved.tensors, False),
+                (self.local, self.saved.local, True),
+            )
+            for fqn, chunks in found.items()
+            for chunk in chunks
+            if chunk.stored is not None
+        }
 
 
 def read_contents(
@@ -79,28 +79,25 @@ def read_contents(
         twin = _twin(stream, [mine, *parts], by_rank[0])
         values[rng] = twin.values[rng]
         local |= {e.fqn: (e, twin) for e in twin.local if e.fqn.startswith(f"{rng}.")}
-    tensors: dict[str, list[Ref]] = defaultdict(list)
+    tensors: dict[str, list[Placed]] = defaultdict(list)
     metas: dict[str, Meta] = {}
+    shelves = {part.rank: Shelf(part) for part in parts}
     for part in parts:
         for entry in part.tensors:
             metas[entry.fqn] = Meta(entry.dtype, entry.shape)
-            tensors[entry.fqn] += _refs(entry, part)
+            tensors[entry.fqn] += shelves[part.rank].placed(entry)
     saved = Saved(
         tensors=metas,
         local={fqn: Meta(entry.dtype, entry.shape) for fqn, (entry, _) in local.items()},
         values=values,
         world_size=manifest.world_size,
     )
-    return Contents(manifest, saved, tensors, {fqn: _refs(e, p) for fqn, (e, p) in local.items()})
+    return Contents(manifest, saved, tensors, {fqn: shelves[p.rank].placed(e) for fqn, (e, p) in local.items()})
 
 
 def _twin(stream: int, parts: Sequence[Part], otherwise: Part) -> Part:
     """The first part whose rank drew from this random stream."""
     return next((p for p in parts if p.values[RngMember.name]["stream"] == stream), otherwise)
-
-
-def _refs(entry: TensorEntry, part: Part) -> list[Ref]:
-    return [Ref(chunk, part.packs) for chunk in entry.chunks]
 
 
 def fill(store: Store, contents: Contents, targets: Targets, *, config: Config) -> int:
@@ -116,19 +113,18 @@ def fill(store: Store, contents: Contents, targets: Targets, *, config: Config) 
     return fetch(store, wanted, config=config)
 
 
-def _wanted(targets: Mapping[str, torch.Tensor], stored: Mapping[str, list[Ref]]) -> list[Wanted]:
+def _wanted(targets: Mapping[str, torch.Tensor], stored: Mapping[str, list[Placed]]) -> list[Wanted]:
     """Which chunks intersect which targets; all elements of every target must be there."""
     found = []
     for fqn, tensor in targets.items():
         box, local = local_box(fqn, tensor), local_tensor(tensor.detach())
         covered = 0
-        for ref in stored.get(fqn, ()):
-            chunk = Box(ref.chunk.offset, ref.chunk.shape)
-            if (common := intersect(box, chunk)) is not None:
+        for chunk in stored.get(fqn, ()):
+            if (common := intersect(box, chunk.box)) is not None:
                 covered += common.volume()
                 into = local[_within(common, box.offset)]
-                use = partial(_place, into=into, chunk=chunk, part=common)
-                found.append(Wanted(fqn, ref, chunk.volume() * local.dtype.itemsize, use))
+                use = partial(_place, into=into, chunk=chunk.box, part=common)
+                found.append(Wanted(fqn, chunk, chunk.box.volume() * local.dtype.itemsize, use))
         if covered != box.volume():
             raise IntegrityError(
                 f"the checkpoint has {covered} of the {box.volume()} elements of {fqn} that this rank needs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -20,14 +21,19 @@ from gpumove.environment import fingerprint
 from gpumove.errors import ConfigError, FencedError
 from gpumove.format import keys
 from gpumove.format.manifest import Checkpoint
+from gpumove.format.stored import Stored
 from gpumove.handle import SaveHandle
-from gpumove.save import ChunkKey, PartWriter, Request, say_failure
+from gpumove.save.chunks import ChunkKey, data_of
+from gpumove.save.predecessor import InMemory, OnDisk, Predecessor, keeps_in_memory
+from gpumove.save.writer import PartWriter, Request, say_failure
+from gpumove.state.arena import staged_bytes
 from gpumove.state.capture import Capture
+from gpumove.state.families import settled
 from gpumove.state.layout import Agreement, Layout
 from gpumove.state.staging import Snapshot, Stager
 from gpumove.store.gc import Retention, collect
 from gpumove.store.log import Log
-from gpumove.store.records import Ref, reachable
+from gpumove.store.records import reachable
 
 _log = logging.getLogger("gpumove")
 _SIGHT_S = 2.0
@@ -52,11 +58,13 @@ class Staged:
 class Runner:
     """Runs saves in the background of one rank."""
 
-    def __init__(self, log: Log, config: Config, *, rank: int, world_size: int) -> None:
+    def __init__(self, log: Log, config: Config, stager: Stager, *, rank: int, world_size: int) -> None:
         self._log_book, self._config, self._rank, self._world_size = log, config, rank, world_size
+        self._stager = stager
+        self._kept_bytes: tuple[int, bool] = (-1, False)
         self._writer = PartWriter(log.store, config)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpumove-save")
-        self._preparation: Future[None] | None = None
+        self._pending: list[Future[None]] = []
         self._retention = Retention(config.keep_last, config.keep_every)
         self._reach: dict[str, frozenset[str]] = {}
         self.mutable: set[str] = set()
@@ -69,20 +77,49 @@ class Runner:
             raise ConfigError("claim the run before saving")
         return keys.attempt_name(self._log_book.epoch, serial)
 
-    def take_predecessor(self, table: dict[ChunkKey, Ref]) -> None:
-        """What a restored checkpoint holds: the first save sends only what differs from it."""
-        self._writer.predecessor = table
+    def keeps(self, nbytes: int) -> bool:
+        """Whether a snapshot of this size stays in memory, for the next one to be coded against."""
+        if self._kept_bytes[0] != nbytes:
+            self._kept_bytes = (nbytes, keeps_in_memory(self._config, nbytes))
+        return self._kept_bytes[1]
 
-    def prepare(self, stager: Stager, sources: Sequence[torch.Tensor]) -> None:
+    def follow_on(self, table: dict[ChunkKey, Stored], snapshot: Snapshot, layout: Layout, capture: Capture) -> None:
+        """The restored checkpoint is the predecessor of the first save: ``snapshot`` has its bytes."""
+        keep = self.keeps(snapshot.nbytes)
+        self._stager.keep(snapshot if keep else None)
+        self._pending.append(self._thread.submit(self._adopt, table, snapshot, layout, capture, keep))
+        self.prepare(layout.sources)
+
+    def _adopt(
+        self, table: dict[ChunkKey, Stored], snapshot: Snapshot, layout: Layout, capture: Capture, keep: bool
+    ) -> None:
+        with contextlib.suppress(ConfigError):  # torn ones too: every base is compared with its digest before use
+            snapshot.wait()
+        pieces = self._writer.cut(layout.items)
+        held: InMemory | OnDisk | None = InMemory(snapshot, pieces.places) if keep else None
+        if not keep and self._config.predecessor_dir is not None:
+            held = OnDisk(self._config.predecessor_dir)
+            for task in pieces.tasks:
+                held.put(task.key, data_of(task, snapshot))
+        self._writer.adopt(Predecessor(table, held, settled(capture.rules, layout.scalars, snapshot.view)))
+
+    def take_predecessor(self, table: dict[ChunkKey, Stored]) -> None:
+        """What a restored checkpoint holds, without its bytes: unchanged chunks are recognised by their digests."""
+        self._stager.keep(None)
+        self._writer.adopt(Predecessor(table))
+
+    def prepare(self, sources: Sequence[torch.Tensor]) -> None:
         """Touch the staging memory before the first save needs it."""
-        self._preparation = self._thread.submit(stager.prepare, sources)
+        both = self.keeps(staged_bytes(sources))
+        self._pending.append(self._thread.submit(self._stager.prepare, sources, both=both))
 
     def settle(self, handle: SaveHandle | None, *, abandon: bool) -> None:
         """Wait until nothing uses the staging memory, telling a running save to give up if so asked."""
-        preparation, self._preparation = self._preparation, None
+        pending, self._pending = self._pending, []
         # One that has not begun would only cost time; one that failed is no loss, since staging does the same.
-        if preparation is not None and not preparation.cancel() and (error := preparation.exception()) is not None:
-            _log.warning("the staging memory could not be prepared: %s", error)
+        for future in pending:
+            if not future.cancel() and (error := future.exception()) is not None:
+                _log.warning("the next save is slower or larger than need be: %s", error)
         if handle is None or handle.finished:
             return
         if abandon:
@@ -101,7 +138,7 @@ class Runner:
     def _run(self, staged: Staged) -> None:
         handle = staged.handle
         try:
-            self._save(staged, self._request(staged))
+            self._save(staged)
             handle.finish()
         except BaseException as error:  # noqa: BLE001 - kept in the handle, raised once in the training thread
             _log.debug("the save of step %d failed: %s", handle.step, error)
@@ -127,15 +164,19 @@ class Runner:
             plan=staged.agreed.digest,
             items=staged.layout.items,
             values={**shared, **staged.capture.own},
+            rules=settled(staged.capture.rules, staged.layout.scalars, staged.snapshot.view),
+            keep=self.keeps(staged.snapshot.nbytes),
             cancelled=staged.handle.cancelled,
             confirm=lambda: self._whole(staged, lambda: staged.snapshot.confirm(_SIGHT_S)),
         )
 
-    def _save(self, staged: Staged, request: Request) -> None:
+    def _save(self, staged: Staged) -> None:
         handle, stats = staged.handle, staged.handle.stats
         self._whole(staged, staged.snapshot.wait)
         handle.mark_staged(time.perf_counter() - staged.began)
+        request = self._request(staged)
         _, part = self._writer.write(request, staged.snapshot)
+        self._stager.keep(staged.snapshot if request.keep else None)
         stats.state_bytes, stats.clean_bytes, stats.new_bytes = part.state_bytes, part.clean_bytes, part.new_bytes
         stats.packs, stats.peak_bytes = part.packs, part.peak_bytes
         stats.stall_s += staged.snapshot.fence_s

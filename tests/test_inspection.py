@@ -389,8 +389,8 @@ def test_a_checkpoint_in_figures(run: Path) -> None:
     assert (frozen.tensors, frozen.nbytes, frozen.new_stored_bytes) == (2, 48 * 48 * 4 + 48 * 4, 0)
     assert frozen.stored_bytes <= last.older_stored_bytes
     assert groups["model.head"].stored_bytes == 0, "tied tensors lie in the store once"
-    assert groups["model.zeros"].codecs.keys() == {"zstd/1"}
-    assert groups["model.scale"].inline_bytes == 4
+    assert groups["model.zeros"].ways.keys() == {"clean"}
+    assert groups["model.scale"].ways["inline"].nbytes == 4
     assert last.stored_bytes == sum(g.stored_bytes for g in last.groups)
     assert last.stored_bytes - last.older_stored_bytes < last.new_bytes
     assert last.parts[0].older_packs > 0
@@ -428,6 +428,6 @@ def test_looking_needs_no_torch(made: Path) -> None:
     code = (
         "import sys; from gpumove.inspection.run import checkpoints, verify; "
         f"assert verify({str(made)!r}, deep=True).sound and len(checkpoints({str(made)!r})) == 3; "
-        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,34 +1,27 @@
-"""Codecs: how a chunk's bytes are stored. A registry by ``"name/version"``; bytes in, bytes out, no I/O.
+"""Codecs by name: how a stored chunk becomes its bytes again, and the digest that proves it. No I/O.
 
-A codec is two functions. ``encode`` may give None, "this does not pay", and the chunk is stored raw. ``decode`` fills a
-buffer of exactly the chunk's size or raises IntegrityError: a damaged or hostile input never allocates more than that.
+A decoder fills a buffer of exactly the chunk's size or raises IntegrityError; damaged or hostile input never makes it
+allocate more than a small multiple of that. Choosing a codec is coding.py's; the bytes are specified in docs/codecs.md.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import xxhash
-import zstandard
 
 from gpumove.errors import ConfigError, IntegrityError
+from gpumove.format.differences import decode_round, decode_step, decode_sub
+from gpumove.format.planes import decode_planes
 
 Buffer = bytes | bytearray | memoryview
+Decoder = Callable[[memoryview, memoryview, Sequence[memoryview]], None]
 
-_SAMPLE_BYTES = 64 << 10
-_WORTH = 0.5
-"""zstd works at a fraction of the speed of a disk or a good link, so "auto" uses it only on what shrinks to half."""
-
-
-@dataclass(frozen=True)
-class Codec:
-    """One way to store a chunk."""
-
-    name: str
-    encode: Callable[[memoryview], Buffer | None]
-    decode: Callable[[memoryview, memoryview], None]
+RAW = "raw/1"
+PLANES = "planes/1"
+SUB = "sub/1"
+ROUND = "round/1"
 
 
 def digest(*buffers: Buffer) -> str:
@@ -41,72 +34,23 @@ def digest(*buffers: Buffer) -> str:
     return hasher.hexdigest()
 
 
-class _Contexts(threading.local):
-    """zstd contexts are costly to make and not thread-safe: one of each per thread."""
-
-    def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=1, write_content_size=True)
-        self.decompressor = zstandard.ZstdDecompressor()
-
-
-_contexts = _Contexts()
-
-
-def _encode_raw(data: memoryview) -> Buffer:
-    return data
-
-
-def _decode_raw(stored: memoryview, out: memoryview) -> None:
-    if len(stored) != len(out):
-        raise IntegrityError(f"raw chunk of {len(stored)} bytes where {len(out)} were expected")
+def _decode_raw(stored: memoryview, out: memoryview, bases: Sequence[memoryview]) -> None:
+    if len(stored) != len(out) or bases:
+        raise IntegrityError(f"raw chunk of {len(stored)} bytes and {len(bases)} bases where {len(out)} were expected")
     out[:] = stored
 
 
-def _encode_zstd(data: memoryview) -> Buffer | None:
-    return _contexts.compressor.compress(data)
+_REGISTRY: dict[str, Decoder] = {
+    RAW: _decode_raw,
+    PLANES: decode_planes,
+    SUB: decode_sub,
+    ROUND: decode_round,
+    "adam/1": partial(decode_step, "adam/1"),
+    "momentum/1": partial(decode_step, "momentum/1"),
+}
 
 
-def _encode_if_worth(data: memoryview) -> Buffer | None:
-    """Three samples tell noise from structure for a few per cent of the cost of compressing it all."""
-    third = len(data) // 3
-    sample = [data[i : i + _SAMPLE_BYTES // 3] for i in (0, third, 2 * third)]
-    if sum(len(_encode_zstd(s) or b"") for s in sample) > _WORTH * sum(map(len, sample)):
-        return None
-    return _encode_zstd(data)
-
-
-def _decode_zstd(stored: memoryview, out: memoryview) -> None:
-    try:
-        declared = zstandard.frame_content_size(stored)
-        if declared != len(out):
-            raise IntegrityError(f"zstd frame declares {declared} bytes where {len(out)} were expected")
-        with _contexts.decompressor.stream_reader(stored, closefd=False) as reader:
-            got = _fill(reader, out)
-            extra = reader.read(1)
-    except zstandard.ZstdError as error:
-        raise IntegrityError(f"damaged zstd frame ({error})") from error
-    if got != len(out) or extra:
-        raise IntegrityError(f"zstd frame holds {got}{'+' if extra else ''} bytes where {len(out)} were expected")
-
-
-def _fill(reader: zstandard.ZstdDecompressionReader, out: memoryview) -> int:
-    got = 0
-    while got < len(out):
-        n = reader.readinto(out[got:])
-        if not n:
-            break
-        got += n
-    return got
-
-
-RAW = Codec("raw/1", _encode_raw, _decode_raw)
-ZSTD = Codec("zstd/1", _encode_zstd, _decode_zstd)
-ZSTD_IF_WORTH = Codec("zstd/1", _encode_if_worth, _decode_zstd)
-_REGISTRY = {codec.name: codec for codec in (RAW, ZSTD)}
-_CHOICES: dict[str, tuple[Codec, ...]] = {"raw": (), "zstd": (ZSTD,), "auto": (ZSTD_IF_WORTH,)}
-
-
-def find(name: str) -> Codec:
+def find(name: str) -> Decoder:
     """The codec of a stored chunk.
 
     Raises:
@@ -121,31 +65,24 @@ def find(name: str) -> Codec:
         ) from None
 
 
-def encode(data: memoryview, choice: str) -> tuple[str, Buffer]:
-    """Store a chunk the best way that the setting allows.
-
-    Args:
-        data: the chunk's bytes.
-        choice: ``Config.codec``.
-
-    Returns:
-        The codec's name and the stored bytes; never more than ``len(data)`` of them. They may be ``data`` itself.
-    """
-    for codec in _CHOICES[choice]:
-        stored = codec.encode(data)
-        if stored is not None and len(stored) < len(data):
-            return codec.name, stored
-    return RAW.name, data
-
-
-def decode(name: str, stored: memoryview, out: memoryview, *, expected: str) -> None:
+def decode(name: str, stored: memoryview, out: memoryview, *, bases: Sequence[memoryview] = (), expected: str) -> None:
     """Decode a chunk into ``out`` and compare its digest.
 
+    Args:
+        name: the codec.
+        stored: the stored bytes.
+        out: exactly the chunk's size.
+        bases: the decoded bytes of the chunks that this one was encoded against, in the codec's order.
+        expected: the digest of the decoded bytes.
+
     Raises:
-        ConfigError: unknown codec.
+        ConfigError: unknown codec, or a thread whose arithmetic cannot be made to follow IEEE 754.
         IntegrityError: the bytes are damaged; ``out`` then holds rubbish.
     """
-    find(name).decode(stored, out)
+    decoder = find(name)
+    if not len(out) and name != RAW:
+        raise IntegrityError(f"an empty chunk stored as {name}")
+    decoder(stored, out, bases)
     check_digest(out, expected)
 
 

@@ -34,7 +34,7 @@ class Run(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Chunk(Struct, frozen=True, omit_defaults=True):
-    """A box of one tensor and where its bytes lie (format.md, section 4)."""
+    """A box of one tensor and where its bytes lie (format.md, section 4). ``bases`` are numbers into ``Part.bases``."""
 
     offset: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
@@ -43,8 +43,20 @@ class Chunk(Struct, frozen=True, omit_defaults=True):
     length: int = 0
     codec: str = "raw/1"
     digest: str = ""
-    base: Chunk | None = None
+    bases: tuple[int, ...] = ()
     inline: str | None = None
+
+
+class Base(Struct, frozen=True, omit_defaults=True):
+    """A stored chunk that others are decoded from; ``nbytes`` decoded. ``bases`` are smaller numbers than its own."""
+
+    pack: int
+    at: int
+    length: int
+    digest: str
+    nbytes: int
+    codec: str = "raw/1"
+    bases: tuple[int, ...] = ()
 
 
 class TensorEntry(Struct, frozen=True):
@@ -80,6 +92,7 @@ class Part(Record, frozen=True, kw_only=True, omit_defaults=True):
     packs: tuple[Pack, ...] = ()
     tensors: tuple[TensorEntry, ...] = ()
     local: tuple[TensorEntry, ...] = ()
+    bases: tuple[Base, ...] = ()
     values: dict[str, Any] = {}
 
 

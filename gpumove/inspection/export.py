@@ -20,13 +20,15 @@ from typing import Any
 
 from gpumove.config import Config
 from gpumove.errors import ConfigError, StoreError
-from gpumove.fetch import Wanted, chunk_bytes, fetch
+from gpumove.fetch import fetch
+from gpumove.format.boxes import Box
 from gpumove.format.dtypes import item_bytes
 from gpumove.inspection.export_plan import CONVERTIBLE, File, Tensor, lay_out, runs, select, tied_names
 from gpumove.inspection.run import open_run, pick
 from gpumove.inspection.survey import Progress
+from gpumove.ranges import Wanted
 from gpumove.store.objects import Store
-from gpumove.store.records import Ref, read_manifest, read_parts
+from gpumove.store.records import read_manifest, read_parts
 
 INDEX = "model.safetensors.index.json"
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|\.model.*\.[0-9a-f]{8}\.part")
@@ -158,19 +160,24 @@ class _Writer:
             os.ftruncate(fd, file.nbytes)
             _write_all(fd, file.head, 0)
             wanted = [
-                Wanted(tensor.name, ref, chunk_bytes(tensor.stored, ref.chunk), self._placer(fd, tensor, start, ref))
+                Wanted(
+                    tensor.name,
+                    chunk,
+                    chunk.box.volume() * item_bytes(tensor.stored),
+                    self._placer(fd, tensor, start, chunk.box),
+                )
                 for tensor, start in zip(file.tensors, file.starts)
-                for ref in tensor.refs
+                for chunk in tensor.chunks
             ]
             fetch(self._store, wanted, config=self._config)
 
-    def _placer(self, fd: int, tensor: Tensor, start: int, ref: Ref) -> Callable[[memoryview], None]:
+    def _placer(self, fd: int, tensor: Tensor, start: int, box: Box) -> Callable[[memoryview], None]:
         """What writes one chunk to where it belongs in the file."""
         size = item_bytes(tensor.dtype)
 
         def place(data: memoryview) -> None:
             data, at = convert(data, tensor.stored, tensor.dtype), 0
-            for first, count in runs(tensor.shape, ref.chunk.offset, ref.chunk.shape):
+            for first, count in runs(tensor.shape, box.offset, box.shape):
                 _write_all(fd, data[at : at + count * size], start + first * size)
                 at += count * size
             with self._lock:

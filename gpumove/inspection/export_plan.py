@@ -12,7 +12,7 @@ from gpumove.errors import ConfigError, IntegrityError
 from gpumove.format.dtypes import SAFETENSORS_DTYPES, item_bytes
 from gpumove.format.manifest import Part, TensorEntry
 from gpumove.format.pack import header, shape_bytes
-from gpumove.store.records import Ref
+from gpumove.format.stored import Placed, Shelf
 
 CONVERTIBLE = ("float64", "float32", "float16", "bfloat16")
 """What dtypes are converted from and to; eight-bit floats come with scales, and integers are no weights."""
@@ -26,7 +26,7 @@ class Tensor:
     stored: str
     dtype: str
     shape: tuple[int, ...]
-    refs: tuple[Ref, ...]
+    chunks: tuple[Placed, ...]
 
     @property
     def nbytes(self) -> int:
@@ -53,20 +53,21 @@ def select(parts: Sequence[Part], *, what: str, dtype: str | None) -> list[Tenso
         IntegrityError: their chunks do not make them up.
     """
     entries: dict[str, TensorEntry] = {}
-    refs: dict[str, list[Ref]] = {}
+    chunks: dict[str, list[Placed]] = {}
     if [part.rank for part in parts] != list(range(parts[0].world_size if parts else 1)):
         raise IntegrityError(f"the checkpoint has the parts of ranks {[part.rank for part in parts]} only")
     inside = _in_values(parts[0].values) if what.split(".")[0] == "model" else frozenset[str]()
     for part in parts:
+        shelf = Shelf(part)
         # Tensors of one rank alone (buffers) come from rank 0, as a new rank would get them.
         for entry in (*part.tensors, *(part.local if part.rank == 0 else ())):
             if _matches(entry.fqn, what) and entry.fqn not in inside:
                 entries[entry.fqn] = entry
-                refs.setdefault(entry.fqn, []).extend(Ref(chunk, part.packs) for chunk in entry.chunks)
+                chunks.setdefault(entry.fqn, []).extend(shelf.placed(entry))
     if not entries:
         have = sorted({e.fqn.split(".")[0] for part in parts for e in (*part.tensors, *part.local)})
         raise ConfigError(f"the checkpoint has no tensors under {what!r}; it has {', '.join(have) or 'none at all'}")
-    tensors = [_tensor(entries[fqn], refs[fqn], what=what, dtype=dtype) for fqn in sorted(entries)]
+    tensors = [_tensor(entries[fqn], chunks[fqn], what=what, dtype=dtype) for fqn in sorted(entries)]
     if unknown := [f"{t.name} ({t.dtype})" for t in tensors if t.dtype not in SAFETENSORS_DTYPES]:
         raise ConfigError(f"safetensors has no such dtype: {', '.join(unknown[:5])}; choose other tensors")
     return tensors
@@ -76,14 +77,14 @@ def _matches(fqn: str, what: str) -> bool:
     return what == "all" or fqn == what or fqn.startswith(f"{what}.")
 
 
-def _tensor(entry: TensorEntry, refs: Sequence[Ref], *, what: str, dtype: str | None) -> Tensor:
-    if sum(math.prod(ref.chunk.shape) for ref in refs) != math.prod(entry.shape):
+def _tensor(entry: TensorEntry, chunks: Sequence[Placed], *, what: str, dtype: str | None) -> Tensor:
+    if sum(chunk.box.volume() for chunk in chunks) != math.prod(entry.shape):
         raise IntegrityError(f"the chunks of {entry.fqn} do not make up its shape {list(entry.shape)}")
     name = entry.fqn
     if what != "all":
         name = entry.fqn.rpartition(".")[2] if entry.fqn == what else entry.fqn.removeprefix(f"{what}.")
     to = dtype if dtype is not None and entry.dtype in CONVERTIBLE else entry.dtype
-    return Tensor(name, entry.dtype, to, entry.shape, tuple(refs))
+    return Tensor(name, entry.dtype, to, entry.shape, tuple(chunks))
 
 
 def _in_values(tree: Any) -> frozenset[str]:
@@ -100,9 +101,9 @@ def tied_names(tensors: Iterable[Tensor]) -> dict[str, str]:
     first: dict[object, str] = {}
     tied = {}
     for tensor in tensors:
-        spots = sorted((r.pack.key, r.chunk.at, r.chunk.offset) for r in tensor.refs if r.chunk.inline is None)
+        spots = sorted((c.stored.spot, c.box.offset) for c in tensor.chunks if c.stored is not None)
         place = (tensor.stored, tensor.shape, *spots)
-        if 0 < len(spots) == len(tensor.refs) and first.setdefault(place, tensor.name) != tensor.name:
+        if 0 < len(spots) == len(tensor.chunks) and first.setdefault(place, tensor.name) != tensor.name:
             tied[tensor.name] = first[place]
     return tied
 

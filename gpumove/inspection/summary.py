@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gpumove.config import Config
-from gpumove.fetch import chunk_bytes
 from gpumove.format.dtypes import item_bytes
 from gpumove.format.manifest import Checkpoint, Manifest, Part, PartRef, TensorEntry
 from gpumove.format.pack import shape_bytes
+from gpumove.inspection.groups import Group, tally
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from gpumove.store.records import read_manifest, read_parts
@@ -110,20 +110,6 @@ def _resume(view: View, rows: Sequence[Row]) -> Resume:
     return Resume(0, None, f"every checkpoint is damaged, so restore() fails: {'; '.join(skipped)}")
 
 
-@dataclass
-class Group:
-    """Tensors whose names begin alike. ``nbytes`` are decoded bytes; stored bytes count tied tensors once."""
-
-    name: str
-    tensors: int = 0
-    nbytes: int = 0
-    stored_bytes: int = 0
-    new_stored_bytes: int = 0
-    inline_bytes: int = 0
-    codecs: dict[str, int] = field(default_factory=dict)
-    """Chunks by codec; ``inline`` for those that travel in the part."""
-
-
 @dataclass(frozen=True)
 class PartRow:
     """What one rank wrote."""
@@ -180,6 +166,10 @@ class Detail:
     new_bytes: int
     stored_bytes: int
     older_stored_bytes: int
+    restore_bytes: int
+    """What a restore of everything fetches: the stored bytes, and those of older chunks that they are decoded from."""
+    chain: int
+    """Most earlier saves that a chunk is decoded through."""
     fingerprint: dict[str, Any]
     values: tuple[str, ...]
     groups: tuple[Group, ...]
@@ -202,7 +192,7 @@ def detail(log: Log, checkpoint: Checkpoint, *, config: Config, tensors: bool = 
     """
     manifest = read_manifest(log.store, checkpoint)
     parts = read_parts(log.store, manifest.parts, concurrency=config.concurrency)
-    groups = _groups(parts, manifest.attempt)
+    groups, needs = tally(parts, manifest.attempt)
     stored, new = sum(g.stored_bytes for g in groups), sum(g.new_stored_bytes for g in groups)
     return Detail(
         url=log.store.url,
@@ -219,6 +209,8 @@ def detail(log: Log, checkpoint: Checkpoint, *, config: Config, tensors: bool = 
         new_bytes=manifest.new_bytes,
         stored_bytes=stored,
         older_stored_bytes=stored - new,
+        restore_bytes=needs.nbytes,
+        chain=needs.chain,
         fingerprint=manifest.fingerprint,
         values=tuple(sorted({name for part in parts for name in part.values})),
         groups=groups,
@@ -226,37 +218,6 @@ def detail(log: Log, checkpoint: Checkpoint, *, config: Config, tensors: bool = 
         trace=_trace(manifest),
         tensors=_tensor_rows(parts) if tensors else None,
     )
-
-
-def _groups(parts: Iterable[Part], attempt: str) -> tuple[Group, ...]:
-    groups: dict[str, Group] = {}
-    names: set[str] = set()
-    spots: set[tuple[str, int]] = set()
-    for part in parts:
-        for entry in (*part.tensors, *part.local):
-            group_name = ".".join(entry.fqn.split(".")[:2])
-            group = groups.setdefault(group_name, Group(group_name))
-            group.tensors += entry.fqn not in names
-            names.add(entry.fqn)
-            _count(group, entry, part, attempt, spots)
-    return tuple(groups[name] for name in sorted(groups))
-
-
-def _count(group: Group, entry: TensorEntry, part: Part, attempt: str, spots: set[tuple[str, int]]) -> None:
-    """Add a tensor's chunks to its group; ``spots`` are the places that were counted before."""
-    for chunk in entry.chunks:
-        nbytes = chunk_bytes(entry.dtype, chunk)
-        group.nbytes += nbytes
-        codec = "inline" if chunk.inline is not None else chunk.codec
-        group.codecs[codec] = group.codecs.get(codec, 0) + 1
-        if chunk.inline is not None:
-            group.inline_bytes += nbytes
-            continue
-        pack = part.packs[chunk.pack]
-        if (pack.key, chunk.at) not in spots:
-            spots.add((pack.key, chunk.at))
-            group.stored_bytes += chunk.length
-            group.new_stored_bytes += chunk.length if pack.attempt == attempt else 0
 
 
 def _part_row(ref: PartRef, part: Part) -> PartRow:

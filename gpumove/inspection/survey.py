@@ -11,13 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from gpumove.config import Config
 from gpumove.errors import IntegrityError
-from gpumove.fetch import Buffers, chunk_bytes, decoded, inline_data, read_span
-from gpumove.format.codec import digest
-from gpumove.format.manifest import Checkpoint, Chunk, Manifest, Pack, Part, PartRef, TensorEntry
+from gpumove.fetch import Buffers, chunk_bytes, fetch, inline_data, read_span
+from gpumove.format.boxes import Box
+from gpumove.format.codec import decode, digest
+from gpumove.format.manifest import Checkpoint, Manifest, Pack, Part, PartRef, TensorEntry
+from gpumove.format.stored import Placed, Shelf, Spot, Stored, closure
+from gpumove.ranges import Span, Wanted
 from gpumove.store.objects import Store
 from gpumove.store.records import read_manifest, read_part
 
@@ -38,21 +41,15 @@ class Finding:
     tensors: set[str] = field(default_factory=set)
 
 
-class _Use(NamedTuple):
-    """A chunk in a pack, as parts refer to it."""
-
-    at: int
-    length: int
-    codec: str
-    digest: str
-    nbytes: int
-
-
 class _Users(NamedTuple):
     """Whom a chunk belongs to."""
 
     entries: set[int]
     tensors: set[str]
+
+
+_Uses: TypeAlias = dict[Spot, tuple[Stored, _Users]]
+"""The chunks in one pack that somebody needs."""
 
 
 class _Facts(NamedTuple):
@@ -156,7 +153,7 @@ class Survey:
         """Read every pack that is there, compare its digest, decode every chunk and compare that."""
         todo = {k: size for k, size in self.needed.items() if k.startswith("packs/") and k not in self.findings}
         uses = self._uses(todo)
-        chunk = max((use.nbytes for table in uses.values() for use in table), default=0)
+        chunk = max((node.nbytes for table in uses.values() for node, _ in table.values()), default=0)
         # Every thread keeps a buffer for its largest pack and one for a chunk.
         threads = min(self.config.concurrency, self.config.budget_bytes // (max(todo.values(), default=0) + chunk + 1))
         total, buffers = sum(todo.values()), Buffers()
@@ -168,32 +165,55 @@ class Survey:
                 progress(self.read_bytes, total)
 
         self._each(check, sorted(todo), threads)
+        self._check_deltas(uses)
 
-    def _check_pack(self, key: str, nbytes: int, uses: Mapping[_Use, _Users], buffers: Buffers) -> None:
+    def _check_deltas(self, uses: Mapping[str, _Uses]) -> None:
+        """Decode what is decoded from other chunks, now that all packs were looked at."""
+        found = [(node, users) for table in uses.values() for node, users in table.values() if node.bases]
+        # Of a damaged pack all is known that can be said: whose tensors cannot be read because of it.
+        sound = [(n, u) for n, u in found if not any(spot.key in self.findings for spot in closure([n]))]
+        names = {str(number): (node, users) for number, (node, users) in enumerate(sound)}
+        wanted = [
+            Wanted(name, Placed(Box((), ()), node), node.nbytes, lambda data: None) for name, (node, _) in names.items()
+        ]
+
+        def failed(name: str, error: IntegrityError) -> None:
+            node, users = names[name]
+            self._found(node.spot.key, str(error), error.code, users.entries).tensors.update(users.tensors)
+
+        fetch(self.store, wanted, config=self.config, failed=failed)
+
+    def _check_pack(self, key: str, nbytes: int, uses: _Uses, buffers: Buffers) -> None:
         try:
-            data = read_span(self.store, key, 0, nbytes, buffers=buffers)
+            data = read_span(self.store, Span(key, 0, nbytes), buffers=buffers)
         except IntegrityError as error:
             self._found(key, str(error), error.code, self._users[key])
             return
-        bad = [users for use, users in uses.items() if not _is_sound(use, data, buffers)]
+        bad = [users for node, users in uses.values() if not _is_sound(node, data, buffers)]
         if bad:
             text = f"{len(bad)} of its {len(uses)} chunks that checkpoints need do not hold what was recorded"
             finding = self._found(key, text, "integrity.chunk", set().union(*(users.entries for users in bad)))
             finding.tensors.update(*(users.tensors for users in bad))
         elif digest(data) != key.rpartition("/")[2].partition(".")[0]:
-            text = "its bytes do not hash to its name, but every chunk that checkpoints need is sound"
-            self._found(key, text, "integrity.pack", ())
+            # A chunk that is decoded from others cannot be judged here, so they count as unreadable.
+            deltas = [users for node, users in uses.values() if node.bases]
+            text = "its bytes do not hash to its name" + (
+                "" if deltas else ", but every chunk that checkpoints need is sound"
+            )
+            finding = self._found(key, text, "integrity.pack", set().union(*(users.entries for users in deltas)))
+            finding.tensors.update(*(users.tensors for users in deltas))
+        buffers.give(data)
 
     def name_tensors(self) -> None:
         """Find the tensors that lie in packs which are not there whole."""
         bad = {k for k, f in self.findings.items() if k.startswith("packs/") and f.entries and not f.tensors}
         if bad:
             for key, table in self._uses(bad).items():
-                self.findings[key].tensors.update(*(users.tensors for users in table.values()))
+                self.findings[key].tensors.update(*(users.tensors for _, users in table.values()))
 
-    def _uses(self, wanted: Iterable[str]) -> dict[str, dict[_Use, _Users]]:
+    def _uses(self, wanted: Iterable[str]) -> dict[str, _Uses]:
         """By pack, the chunks that readable parts refer to. Parts are read again: they are too many to be kept."""
-        table: dict[str, dict[_Use, _Users]] = {key: {} for key in wanted}
+        table: dict[str, _Uses] = {key: {} for key in wanted}
         for number, ref in self._readable:
             try:
                 part = read_part(self.store, ref)
@@ -201,10 +221,9 @@ class Survey:
                 self._found(ref.key, str(error), error.code, [number])
                 continue
             for entry, chunk in _stored_chunks(part):
-                for link in _links(chunk):
-                    if (uses := table.get(part.packs[link.pack].key)) is not None:
-                        use = _Use(link.at, link.length, link.codec, link.digest, chunk_bytes(entry.dtype, chunk))
-                        users = uses.setdefault(use, _Users(set(), set()))
+                for spot, node in closure([chunk]).items():
+                    if (uses := table.get(spot.key)) is not None:
+                        _, users = uses.setdefault(spot, (node, _Users(set(), set())))
                         users.entries.add(number)
                         users.tensors.add(entry.fqn)
         return table
@@ -230,11 +249,16 @@ def _facts_of(part: Part) -> _Facts:
         need[entry.fqn] = math.prod(entry.shape)
         have[entry.fqn] += _elements(entry)
     problems = [f"its chunks do not make up {e.fqn}" for e in part.local if _elements(e) != math.prod(e.shape)]
+    try:
+        for _ in _stored_chunks(part):
+            pass
+    except IntegrityError as error:
+        problems.append(str(error))
     for entry in (*part.tensors, *part.local):
         for chunk in entry.chunks:
             try:
                 if chunk.inline is not None:
-                    inline_data(entry.fqn, chunk, chunk_bytes(entry.dtype, chunk))
+                    inline_data(entry.fqn, chunk.inline, chunk_bytes(entry.dtype, chunk))
             except IntegrityError as error:
                 problems.append(str(error))
     return _Facts(part.packs, have, need, problems)
@@ -244,24 +268,21 @@ def _elements(entry: TensorEntry) -> int:
     return sum(math.prod(chunk.shape) for chunk in entry.chunks)
 
 
-def _stored_chunks(part: Part) -> Iterator[tuple[TensorEntry, Chunk]]:
+def _stored_chunks(part: Part) -> Iterator[tuple[TensorEntry, Stored]]:
+    shelf = Shelf(part)
     for entry in (*part.tensors, *part.local):
-        for chunk in entry.chunks:
-            if chunk.inline is None:
-                yield entry, chunk
+        yield from ((entry, chunk.stored) for chunk in shelf.placed(entry) if chunk.stored is not None)
 
 
-def _links(chunk: Chunk) -> Iterator[Chunk]:
-    """A chunk and the chunks that it is a difference to."""
-    yield chunk
-    if chunk.base is not None:
-        yield from _links(chunk.base)
-
-
-def _is_sound(use: _Use, data: memoryview, buffers: Buffers) -> bool:
-    chunk = Chunk(pack=0, at=use.at, length=use.length, codec=use.codec, digest=use.digest)
+def _is_sound(node: Stored, data: memoryview, buffers: Buffers) -> bool:
+    """Whether a chunk that needs no others decodes to what was recorded."""
+    if node.bases:
+        return True
+    out = buffers.take(node.nbytes)
     try:
-        decoded(chunk, data[use.at : use.at + use.length], use.nbytes, buffers=buffers)
+        decode(node.codec, data[node.at : node.at + node.length], out, expected=node.digest)
     except IntegrityError:
         return False
+    finally:
+        buffers.give(out)
     return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gpumove.errors import ConfigError, LayoutError
+from gpumove.state.families import Kin, Rule, copies
 from gpumove.state.members import Member, Meta, ModelMember, ObjectMember, RngMember, Tensors
 from gpumove.state.optimizer import OptimizerMember
 from gpumove.state.peers import process_rank
@@ -32,6 +33,14 @@ class Capture:
     local: Tensors
     shared: dict[str, Any]
     own: dict[str, Any]
+    kin: tuple[Mapping[str, Kin], ...] = ()
+    rules: dict[str, Rule] = field(default_factory=dict)
+    models: tuple[tuple[str, Tensors], ...] = ()
+
+    def relations(self) -> dict[str, Kin]:
+        """Every tensor's place in a family, if it has one."""
+        found = {fqn: kin for known in self.kin for fqn, kin in known.items()}
+        return found | copies(self.models, found)
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,8 @@ class Job:
         modules = {n: o for n, o in extra.items() if isinstance(o, nn.Module)}
         models = [ModelMember(n, m) for n, m in {**_named("model", model), **modules}.items()]
         names = {key: name for member in models for key, name in member.parameter_names().items()}
-        optimizers = [OptimizerMember(n, o, names) for n, o in _named("optimizer", optimizer).items()]
+        tensors = {key: name for member in models for key, name in member.tensor_names().items()}
+        optimizers = [OptimizerMember(n, o, names, tensors) for n, o in _named("optimizer", optimizer).items()]
         elastic = bool(getattr(loader, "elastic", False))
         shared = {**_named("scheduler", scheduler), **_named("scaler", scaler)} | (
             {"loader": loader} if elastic else {}
@@ -104,6 +114,11 @@ class Job:
             local={fqn: t for _, live in lives for fqn, t in live.local.items()},
             shared={name: live.shared for name, live in lives if live.shared is not None},
             own={name: live.own for name, live in lives if live.own is not None},
+            kin=tuple(live.kin for _, live in lives),
+            rules={name: rule for _, live in lives for name, rule in live.rules.items()},
+            models=tuple(
+                (m.name, live.tensors) for m, (_, live) in zip(self.members, lives) if isinstance(m, ModelMember)
+            ),
         )
 
     def match(self, saved: Saved, *, world_size: int, strict: bool = True) -> Targets:

@@ -5,7 +5,8 @@ Agreeing is collective and happens only when a layout has changed on some rank; 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,6 +16,7 @@ import torch
 from gpumove.errors import GpumoveError, LayoutError
 from gpumove.format.boxes import Box
 from gpumove.state.capture import Capture
+from gpumove.state.families import Kin
 from gpumove.state.members import Tensors
 from gpumove.state.peers import Peers
 from gpumove.state.plan import Item, Piece, Shard, assign, check_dense, local_tensor, plan_digest, shard_of
@@ -29,6 +31,8 @@ class Layout:
     sources: list[torch.Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     """The tensor that each source belongs to."""
+    scalars: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(rule, hyper-parameter) -> the source that holds it, for those that are tensors."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,13 @@ class Planner:
             layout = Layout(self._bound.items + items, [], self._bound.names + list(capture.local))
             self._local = (specs, layout)
         kept = self._local[1]
-        return Layout(kept.items, self._bound.sources + locals_now, kept.names)
+        sources, names = self._bound.sources + locals_now, list(kept.names)
+        scalars = {}
+        for rule, key, tensor in _scalars(capture):
+            scalars[rule, key] = len(sources)
+            sources.append(local_tensor(tensor.detach()))
+            names.append(f"{rule}.{key}")
+        return Layout(kept.items, sources, names, scalars)
 
     def _bind(self, capture: Capture, agreed: Agreement) -> Layout:
         """Rows of live shards, each storage once however many names it has."""
@@ -129,7 +139,7 @@ class Planner:
         layout = Layout([], [], [])  # type: ignore[arg-type]
         seen: dict[tuple[object, ...], int] = {}
         items = []
-        for item in _items(agreed.shards, agreed.pieces):
+        for item in related(_items(agreed.shards, agreed.pieces), capture.relations()):
             piece = agreed.pieces[item.source]
             local = local_tensor(live[item.fqn])
             rows = local[piece.start : piece.stop] if local.dim() else local
@@ -142,8 +152,30 @@ class Planner:
         return Layout(tuple(items), layout.sources, layout.names)
 
 
+def related(items: Sequence[Item], relations: Mapping[str, Kin]) -> list[Item]:
+    """The items with their places in families; those of one family and box are cut by the widest element among them."""
+    grains: dict[tuple[str, Box], int] = defaultdict(int)
+    for i in items:
+        if (kin := relations.get(i.fqn)) is not None:
+            grains[kin.family, i.box] = max(grains[kin.family, i.box], i.item_bytes)
+    return [
+        i if (kin := relations.get(i.fqn)) is None else i._replace(kin=kin, grain=grains[kin.family, i.box])
+        for i in items
+    ]
+
+
+def _scalars(capture: Capture) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for name, rule in capture.rules.items():
+        yield from ((name, key, tensor) for key, tensor in rule.tensors.items())
+
+
 def _describe(capture: Capture, *, probe: bool) -> tuple[Shard, ...]:
-    return tuple(shard_of(fqn, t, probe=probe) for source in capture.sources for fqn, t in source.items())
+    kin = capture.relations()
+    return tuple(
+        shard_of(fqn, t, probe=probe, family=kin[fqn].family if fqn in kin else "")
+        for source in capture.sources
+        for fqn, t in source.items()
+    )
 
 
 def _items(shards: Sequence[Shard], pieces: Sequence[Piece]) -> list[Item]:

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpumove.errors import ConfigError
 from gpumove.state import rng
+from gpumove.state.families import Kin, Rule
 from gpumove.state.plan import local_tensor
 from gpumove.state.values import flatten, tensor_names
 
@@ -40,7 +41,8 @@ class Live:
     """What a member is made of now.
 
     ``tensors`` are global; ``local`` are this rank's own; both by reference. ``at_once`` names those that may change
-    before the next ``optimizer.step``. ``shared`` is equal on all ranks, ``own`` is this rank's.
+    before the next ``optimizer.step``. ``shared`` is equal on all ranks, ``own`` is this rank's. ``kin`` and ``rules``
+    say how tensors belong together.
     """
 
     tensors: Tensors = field(default_factory=dict)
@@ -48,6 +50,8 @@ class Live:
     at_once: set[str] = field(default_factory=set)
     shared: Any = None
     own: Any = None
+    kin: dict[str, Kin] = field(default_factory=dict)
+    rules: dict[str, Rule] = field(default_factory=dict)
 
 
 class Member(Protocol):
@@ -123,6 +127,10 @@ class ModelMember:
             id(p): ".".join(filter(None, (prefix, canonical(self.module, n))))
             for n, p in self.module.named_parameters()
         }
+
+    def tensor_names(self) -> dict[int, str]:
+        """id(parameter) -> the name of its tensor in the checkpoint."""
+        return {id(p): f"{self.name}.{canonical(self.module, n)}" for n, p in self.module.named_parameters()}
 
     def targets(self, saved: Mapping[str, Meta]) -> Tensors:
         """The live parameters and buffers themselves."""

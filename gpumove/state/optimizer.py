@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gpumove.errors import ConfigError
+from gpumove.state.families import kin_of, rule_of
 from gpumove.state.members import Live, Meta, Signature, Tensors, signature
 from gpumove.state.values import dtype_of, flatten
 
@@ -24,7 +25,17 @@ _OURS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"}
 class OptimizerMember:
     """A ``torch.optim.Optimizer``: state by parameter name, hyper-parameters by group."""
 
-    def __init__(self, name: str, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, name: str, optimizer: Optimizer, names: Mapping[int, str], tensors: Mapping[int, str] | None = None
+    ) -> None:
+        """Wrap an optimizer.
+
+        Args:
+            name: of the member.
+            optimizer: any of torch's kind.
+            names: id(parameter) -> its name, for those of the job's models.
+            tensors: id(parameter) -> the name of its tensor in the checkpoint.
+        """
         if not isinstance(optimizer, Optimizer):
             raise ConfigError(
                 f"{name} is a {type(optimizer).__name__} and no torch.optim.Optimizer, so gpumove cannot know when it "
@@ -32,6 +43,7 @@ class OptimizerMember:
             )
         self.name, self.optimizer = name, optimizer
         self._names = dict(names)
+        self._tensors = dict(tensors or {})
         for g, group in enumerate(optimizer.param_groups):
             for i, p in enumerate(group["params"]):
                 self._names.setdefault(id(p), f"group{g}.{i}")
@@ -48,10 +60,14 @@ class OptimizerMember:
         hyper: Tensors = {}
         groups = [self._group(g, group, hyper) for g, group in enumerate(self.optimizer.param_groups)]
         shared = {"state": state.shared, "param_groups": groups}
-        if not hyper:
-            return Live(tensors=state.tensors, at_once=state.at_once, shared=shared)
-        # A scheduler may write to a tensor lr at any time.
-        return Live(tensors={**state.tensors, **hyper}, at_once=state.at_once | set(hyper), shared=shared)
+        live = Live(tensors=state.tensors, at_once=state.at_once, shared=shared, kin=state.kin)
+        if hyper:
+            # A scheduler may write to a tensor lr at any time.
+            live.tensors, live.at_once = {**state.tensors, **hyper}, state.at_once | set(hyper)
+        for g, group in enumerate(self.optimizer.param_groups):
+            if (rule := rule_of(self.optimizer, group)) is not None:
+                live.rules[f"{self.name}.{g}"] = rule
+        return live
 
     def _state(self) -> Live:
         """The state part of :meth:`live`, read again only if a tensor is another one or has moved."""
@@ -64,8 +80,12 @@ class OptimizerMember:
     def _read_state(self) -> Live:
         live = Live()
         state: dict[str, dict[str, Any]] = {}
+        rules = {
+            id(p): f"{self.name}.{g}" for g, group in enumerate(self.optimizer.param_groups) for p in group["params"]
+        }
         for p, entries in self.optimizer.state.items():
             where = f"{self.name}.{self._name_of(p)}"
+            live.kin.update(kin_of(p, self._tensors.get(id(p)), where, entries, rule=rules.get(id(p), "")))
             for key, value in entries.items():
                 if isinstance(value, torch.Tensor):
                     live.tensors[f"{where}.{key}"] = value.detach()

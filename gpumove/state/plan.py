@@ -18,11 +18,15 @@ from torch.distributed.tensor import DTensor
 from gpumove.errors import ConfigError, LayoutError
 from gpumove.format.boxes import Box, Ints, cover_problem
 from gpumove.format.codec import digest
+from gpumove.state.families import Kin
 from gpumove.state.values import dtype_name
 
 
 class Shard(NamedTuple):
-    """A rank's local piece of one tensor: what layouts are made of. ``probe`` tells replicas that differ apart."""
+    """A rank's local piece of one tensor: what layouts are made of.
+
+    ``probe`` tells replicas that differ apart; ``family`` names those that one rank is to write together.
+    """
 
     fqn: str
     dtype: str
@@ -31,10 +35,14 @@ class Shard(NamedTuple):
     box: Ints
     item_bytes: int
     probe: str = ""
+    family: str = ""
 
 
 class Item(NamedTuple):
-    """A box that a rank writes. ``source`` is its number in the snapshot; ``local`` tensors are this rank's alone."""
+    """A box that a rank writes. ``source`` is its number in the snapshot; ``local`` tensors are this rank's alone.
+
+    ``kin`` is its place in a family, and ``grain`` the bytes of the family's widest element: all are cut alike by it.
+    """
 
     fqn: str
     dtype: str
@@ -43,6 +51,8 @@ class Item(NamedTuple):
     item_bytes: int
     source: int
     local: bool
+    kin: Kin | None = None
+    grain: int = 0
 
 
 class Piece(NamedTuple):
@@ -95,11 +105,11 @@ def check_dense(fqn: str, tensor: torch.Tensor) -> None:
         )
 
 
-def shard_of(fqn: str, tensor: torch.Tensor, *, probe: bool) -> Shard:
+def shard_of(fqn: str, tensor: torch.Tensor, *, probe: bool, family: str = "") -> Shard:
     """Describe a rank's part of a tensor, with a sampled digest for tensors that claim to be replicas."""
     box = local_box(fqn, tensor)
     mark = _probe(tensor) if probe and not isinstance(tensor, DTensor) else ""
-    return Shard(fqn, dtype_name(tensor.dtype), tuple(tensor.shape), *box, tensor.element_size(), mark)
+    return Shard(fqn, dtype_name(tensor.dtype), tuple(tensor.shape), *box, tensor.element_size(), mark, family)
 
 
 def _probe(tensor: torch.Tensor) -> str:
@@ -126,7 +136,7 @@ def assign(layouts: Sequence[Sequence[Shard]], *, split_bytes: int) -> list[list
     _check_cover(layouts, holders)
     load = [0] * len(layouts)
     pieces: list[list[Piece]] = [[] for _ in layouts]
-    shared = []
+    shared: dict[tuple[object, ...], list[list[tuple[int, int]]]] = defaultdict(list)
     for places in holders.values():
         shard = layouts[places[0][0]][places[0][1]]
         if not math.prod(shard.box):
@@ -138,23 +148,36 @@ def assign(layouts: Sequence[Sequence[Shard]], *, split_bytes: int) -> list[list
             pieces[rank].append(Piece(index, 0, shard.box[0] if shard.box else 1))
             load[rank] += _nbytes(shard)
         else:
-            shared.append((shard, places))
-    for shard, places in sorted(shared, key=lambda s: (-_nbytes(s[0]), s[0].fqn, s[0].offset)):
-        _share(shard, places, load=load, pieces=pieces, split_bytes=split_bytes)
+            family = (shard.family or shard.fqn, shard.offset, shard.box, tuple(rank for rank, _ in places))
+            shared[family].append(places)
+    sizes = {key: sum(_nbytes(layouts[p[0][0]][p[0][1]]) for p in members) for key, members in shared.items()}
+    for key in sorted(shared, key=lambda k: (-sizes[k], k)):
+        _share(layouts, shared[key], sizes[key], load=load, pieces=pieces, split_bytes=split_bytes)
     return pieces
 
 
 def _share(
-    shard: Shard, places: list[tuple[int, int]], *, load: list[int], pieces: list[list[Piece]], split_bytes: int
+    layouts: Sequence[Sequence[Shard]],
+    family: list[list[tuple[int, int]]],
+    nbytes: int,
+    *,
+    load: list[int],
+    pieces: list[list[Piece]],
+    split_bytes: int,
 ) -> None:
-    """Give one replicated shard to the least loaded holder, or cut a large one into even runs of rows."""
-    rows = shard.box[0] if shard.box else 1
-    parts = len(places) if _nbytes(shard) > split_bytes and rows >= len(places) else 1
-    order = sorted(places, key=lambda p: (load[p[0]], p[0]))
-    for n, (rank, index) in enumerate(order[:parts]):
+    """Give replicated shards of one box to the least loaded holder, or cut large ones into even runs of rows."""
+    ranks = [rank for rank, _ in family[0]]
+    first = layouts[family[0][0][0]][family[0][0][1]]
+    rows = first.box[0] if first.box else 1
+    largest = max(_nbytes(layouts[places[0][0]][places[0][1]]) for places in family)
+    parts = len(ranks) if largest > split_bytes and rows >= len(ranks) else 1
+    order = sorted(range(len(ranks)), key=lambda n: (load[ranks[n]], ranks[n]))
+    for n, holder in enumerate(order[:parts]):
         start, stop = rows * n // parts, rows * (n + 1) // parts
-        pieces[rank].append(Piece(index, start, stop))
-        load[rank] += _nbytes(shard) * (stop - start) // rows
+        for places in family:
+            rank, index = places[holder]
+            pieces[rank].append(Piece(index, start, stop))
+        load[ranks[holder]] += nbytes * (stop - start) // rows
 
 
 def _nbytes(shard: Shard) -> int:

@@ -5,12 +5,12 @@ backward run, and a hook in front of every optimizer step waits for what is left
 change is copied before ``stage`` returns; one that was changed all the same is noticed, and the snapshot is refused.
 
 The host memory is one arena, kept between saves: first touch costs thirty times a copy, and the caching host allocator
-would round every tensor up to a power of two.
+would round every tensor up to a power of two. Where the last snapshot is kept, to code the next one against, there are
+two, used in turn.
 """
 
 from __future__ import annotations
 
-import mmap
 import threading
 import time
 from collections.abc import Sequence
@@ -20,59 +20,14 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gpumove.errors import ConfigError
-
-_ALIGN = 64
-
-
-class Arena:
-    """One growing run of host memory in huge pages, pinned once a CUDA device is in use."""
-
-    def __init__(self) -> None:
-        self._map: mmap.mmap | None = None
-        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._pinned = False
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        return self._bytes.numel()
-
-    def reserve(self, nbytes: int, *, pin: bool) -> torch.Tensor:
-        """The arena, at least this large; the old one is given back first if it must grow."""
-        if nbytes > self.nbytes:
-            self.release()
-            # A tenth more: values grow a little from save to save, and a new arena must be touched anew.
-            size = -(-int(nbytes * 1.02 + 65536) // (2 << 20)) * (2 << 20)
-            self._map = mmap.mmap(-1, size)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        if pin and not self._pinned:
-            _check_cuda(_runtime().cudaHostRegister(self._bytes.data_ptr(), self.nbytes, 0))
-            self._pinned = True
-        return self._bytes
-
-    def release(self) -> None:
-        """Give the memory back."""
-        if self._pinned:
-            _check_cuda(_runtime().cudaHostUnregister(self._bytes.data_ptr()))
-        self._bytes, self._map, self._pinned = torch.empty(0, dtype=torch.uint8, device="cpu"), None, False
-
-
-def _runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _check_cuda(result: Any) -> None:
-    if int(result) != 0:
-        raise ConfigError(f"the CUDA runtime could not pin host memory (error {int(result)}): raise the memlock limit")
+from gpumove.state.arena import Side, staged_bytes
 
 
 class Snapshot:
     """A consistent copy in the making. ``view(i)`` is source i's bytes, row-major, after ``wait()``."""
 
-    def __init__(self, slots: Sequence[tuple[int, int]], arena: torch.Tensor) -> None:
-        self._slots = slots
+    def __init__(self, slots: Sequence[tuple[int, int]], arena: torch.Tensor, side: int) -> None:
+        self._slots, self.side = slots, side
         self._memory = memoryview(arena.numpy())  # type: ignore[arg-type]
         self._done = threading.Event()
         self._error: BaseException | None = None
@@ -161,33 +116,41 @@ class Snapshot:
 
 
 class Stager:
-    """Makes snapshots into one kept arena. One at a time: the next ``stage`` overwrites the last."""
+    """Makes snapshots into kept arenas, one at a time: the next ``stage`` overwrites all but the one that is kept."""
 
     def __init__(self, *, overlap: bool) -> None:
         self._overlap = overlap
-        self._arena = Arena()
+        self._sides = (Side(), Side())
         self._current: Snapshot | None = None
+        self._kept: Snapshot | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._specs: list[tuple[torch.dtype, torch.Size]] = []
-        self._slots: list[tuple[int, int]] = []
-        self._copies: list[torch.Tensor] = []
         self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     @property
     def nbytes(self) -> int:
         """Host memory held."""
-        return self._arena.nbytes
+        return sum(side.arena.nbytes for side in self._sides)
+
+    def keep(self, snapshot: Snapshot | None) -> None:
+        """From now on this snapshot is not overwritten, and the one that was kept before may be."""
+        self._kept = snapshot
 
     def _before_step(self, *_: Any) -> None:
         if self._current is not None:
             self._current.fence()
 
-    def prepare(self, sources: Sequence[torch.Tensor], extra_bytes: int = 1 << 20) -> None:
-        """Touch the memory that a snapshot of these sources needs, so that the first is as quick as the rest."""
-        nbytes = sum(-(-t.numel() * t.element_size() // _ALIGN) * _ALIGN for t in sources) + extra_bytes
-        if nbytes > self._arena.nbytes:
-            self._copies = []  # they point into the arena that goes
-            self._arena.reserve(nbytes, pin=any(t.is_cuda for t in sources)).zero_()
+    def prepare(self, sources: Sequence[torch.Tensor], extra_bytes: int = 1 << 20, *, both: bool = False) -> None:
+        """Touch the memory that a snapshot of these sources needs, so that the first is as quick as the rest.
+
+        Args:
+            sources: what is going to be staged.
+            extra_bytes: room for values that grow.
+            both: there is going to be one to keep.
+        """
+        nbytes = staged_bytes(sources) + extra_bytes
+        used = {snapshot.side for snapshot in (self._current, self._kept) if snapshot is not None}
+        for number in {0, 1 if both else 0} - used:
+            self._sides[number].prepare(nbytes, pin=any(t.is_cuda for t in sources))
 
     def stage(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool]) -> Snapshot:
         """Begin a snapshot and return; it completes in the background.
@@ -196,20 +159,25 @@ class Stager:
             sources: local tensors on any device.
             at_once: per source, whether it may change before the next optimizer step.
         """
-        self._lay_out(sources)
-        snapshot = Snapshot(self._slots, self._arena.reserve(0, pin=False))
+        number = 1 - self._kept.side if self._kept is not None else 0
+        side = self._sides[number]
+        side.lay_out(sources)
+        snapshot = Snapshot(side.slots, side.arena.reserve(0, pin=False), number)
         now = [i for i, t in enumerate(sources) if not t.is_cuda and (at_once[i] or not self._overlap or _small(t))]
         later = sorted(set(range(len(sources))) - set(now))
-        self._copy(sources, now)
+        self._copy(side.copies, sources, now)
         snapshot._watched = _versions(sources, [i for i in later if not at_once[i]])
         on_device = [i for i in later if sources[i].is_cuda]
         on_host = [i for i in later if not sources[i].is_cuda]
-        keep = self._enqueue(snapshot, sources, on_device, at_once)
+        keep = self._enqueue(snapshot, side.copies, sources, on_device, at_once)
         if not on_device and not on_host:
             snapshot._finish(None)
         else:
             threading.Thread(
-                target=self._complete, args=(snapshot, sources, on_host, keep), name="gpumove-stage", daemon=True
+                target=self._complete,
+                args=(snapshot, side.copies, sources, on_host, keep),
+                name="gpumove-stage",
+                daemon=True,
             ).start()
             if not self._overlap:
                 snapshot._done.wait()
@@ -217,28 +185,18 @@ class Stager:
         self._current = snapshot  # last: an optimizer must never wait for a copy that did not begin
         return snapshot
 
-    def _lay_out(self, sources: Sequence[torch.Tensor]) -> None:
-        """Slots and destination views, kept while dtypes and shapes stay the same."""
-        specs = [(t.dtype, t.shape) for t in sources]
-        if specs == self._specs and self._copies:
-            return
-        slots, at = [], 0
-        for t in sources:
-            nbytes = t.numel() * t.element_size()
-            slots.append((at, nbytes))
-            at += -(-nbytes // _ALIGN) * _ALIGN
-        self._copies = []  # views keep the old arena alive
-        arena = self._arena.reserve(at, pin=any(t.is_cuda for t in sources))
-        self._copies = [arena[a : a + n].view(t.dtype).view(t.shape) for (a, n), t in zip(slots, sources)]
-        self._specs, self._slots = specs, slots
-
-    def _copy(self, sources: Sequence[torch.Tensor], which: Sequence[int]) -> None:
+    def _copy(self, copies: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], which: Sequence[int]) -> None:
         # _foreach_copy_ releases the GIL for the whole list; untyped_storage().copy_() would hold it.
         if which:
-            torch._foreach_copy_([self._copies[i] for i in which], [sources[i] for i in which])
+            torch._foreach_copy_([copies[i] for i in which], [sources[i] for i in which])
 
     def _enqueue(
-        self, snapshot: Snapshot, sources: Sequence[torch.Tensor], which: Sequence[int], at_once: Sequence[bool]
+        self,
+        snapshot: Snapshot,
+        copies: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        which: Sequence[int],
+        at_once: Sequence[bool],
     ) -> list[torch.Tensor]:
         """Queue device copies on a side stream that starts behind what the current stream has been given so far."""
         keep: list[torch.Tensor] = []
@@ -252,7 +210,7 @@ class Stager:
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 sources_now = [taken[i].contiguous() for i in mine]
-                torch._foreach_copy_([self._copies[i] for i in mine], sources_now, non_blocking=True)
+                torch._foreach_copy_([copies[i] for i in mine], sources_now, non_blocking=True)
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
             snapshot._events.append((device, event))
@@ -260,11 +218,16 @@ class Stager:
         return keep
 
     def _complete(
-        self, snapshot: Snapshot, sources: Sequence[torch.Tensor], on_host: Sequence[int], keep: list[torch.Tensor]
+        self,
+        snapshot: Snapshot,
+        copies: Sequence[torch.Tensor],
+        sources: Sequence[torch.Tensor],
+        on_host: Sequence[int],
+        keep: list[torch.Tensor],
     ) -> None:
         error: BaseException | None = None
         try:
-            self._copy(sources, on_host)
+            self._copy(copies, sources, on_host)
             snapshot._on_host.set()
             for _, event in snapshot._events:
                 event.synchronize()
@@ -278,8 +241,9 @@ class Stager:
         self._hook.remove()
         if self._current is not None:
             self._current._done.wait()
-        self._current, self._copies, self._specs = None, [], []
-        self._arena.release()
+        self._current = self._kept = None
+        for side in self._sides:
+            side.release()
 
 
 def _small(tensor: torch.Tensor) -> bool:

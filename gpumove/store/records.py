@@ -4,25 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from gpumove.errors import IntegrityError, ObjectNotFoundError
 from gpumove.format.codec import digest
-from gpumove.format.manifest import Checkpoint, Chunk, Manifest, Pack, Part, PartRef, decode
+from gpumove.format.manifest import Checkpoint, Manifest, Part, PartRef, decode
 from gpumove.store.objects import Store
-
-
-@dataclass(frozen=True)
-class Ref:
-    """A stored chunk together with the pack table that its numbers (and its bases' numbers) point into."""
-
-    chunk: Chunk
-    packs: tuple[Pack, ...]
-
-    @property
-    def pack(self) -> Pack:
-        """The pack that holds the chunk's own bytes."""
-        return self.packs[self.chunk.pack]
 
 
 def read_manifest(store: Store, checkpoint: Checkpoint) -> Manifest:
@@ -41,17 +27,7 @@ def read_part(store: Store, ref: PartRef) -> Part:
     Raises:
         IntegrityError: it is missing or is not what the manifest names.
     """
-    part = decode(Part, _verified(store, ref.key, ref.digest), key=ref.key)
-    for entry in (*part.tensors, *part.local):
-        if any(not _in_table(chunk, len(part.packs)) for chunk in entry.chunks):
-            raise IntegrityError(f"{store.url}/{ref.key}: {entry.fqn} refers to a pack that the part does not list")
-    return part
-
-
-def _in_table(chunk: Chunk, packs: int) -> bool:
-    if chunk.inline is not None:
-        return True
-    return 0 <= chunk.pack < packs and (chunk.base is None or _in_table(chunk.base, packs))
+    return decode(Part, _verified(store, ref.key, ref.digest), key=ref.key)
 
 
 def read_parts(store: Store, refs: Sequence[PartRef], *, concurrency: int) -> list[Part]:

@@ -9,6 +9,7 @@ from gpumove.errors import ConfigError, IntegrityError
 from gpumove.format import keys
 from gpumove.format.manifest import (
     FORMAT,
+    Base,
     Checkpoint,
     Chunk,
     Claim,
@@ -27,11 +28,12 @@ from gpumove.format.manifest import (
     encode_checked,
 )
 
-BASE = Chunk(pack=1, at=64, length=10, codec="zstd/1", digest="ab" * 16)
+BASE = Base(pack=0, at=64, length=10, codec="planes/1", digest="ab" * 16, nbytes=24)
 PART = Part(
     format=FORMAT, run="r", attempt="00000001-00000002", rank=0, world_size=1, step=3,
     packs=(Pack("00000001-00000002", "cd" * 16, 99),),
-    tensors=(TensorEntry("a", "float32", (2, 3), (Chunk((0, 0), (2, 3), 0, 8, 24, digest="ef" * 16, base=BASE),)),),
+    tensors=(TensorEntry("a", "float32", (2, 3), (Chunk((0, 0), (2, 3), 0, 8, 24, digest="ef" * 16, bases=(0,)),)),),
+    bases=(BASE,),
     local=(TensorEntry("b", "bool", (), (Chunk(inline="AQ=="),)),),
     values={"x": [1, {"$float": "nan"}]},
 )  # fmt: skip

@@ -1,0 +1,141 @@
+"""One block of one lane: zstd (as a Huffman coder, or at a level), or the few values that are not the background.
+
+Reads hostile bytes: a frame is unpacked only if it declares exactly the size that is needed.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from gpumove.errors import IntegrityError
+from gpumove.format import kernels
+from gpumove.format.kernels import Octets, Words
+
+PLANE, SPARSE, QUADS = 1, 2, 3
+_HEAD = struct.Struct("<I")
+_AS_IT_IS = 1 << 31
+_RARE, _FEW = 0.02, 0.5
+"""Shares of values that are not the background: below the first, their places are stored; below the second, quads."""
+_CRAMPED = 32
+"""Below so many bytes a frame's own header costs more than Huffman gains."""
+
+
+class _Contexts(threading.local):
+    """zstd contexts are costly to make and not thread-safe: one of each per thread."""
+
+    def __init__(self) -> None:
+        # Huffman alone: matches of 7 bytes are rare among exponents, and looking for shorter ones makes the plane
+        # larger and takes four times as long. Negative levels would switch Huffman off.
+        parameters = zstandard.ZstdCompressionParameters(
+            strategy=zstandard.STRATEGY_FAST,
+            window_log=18,
+            hash_log=6,
+            min_match=7,
+            target_length=0,
+            write_content_size=1,
+        )
+        self.compressors = {0: zstandard.ZstdCompressor(compression_params=parameters)}
+        self.decompressor = zstandard.ZstdDecompressor()
+
+    def compressor(self, level: int) -> zstandard.ZstdCompressor:
+        if level not in self.compressors:
+            self.compressors[level] = zstandard.ZstdCompressor(level=level)
+        return self.compressors[level]
+
+
+_contexts = _Contexts()
+
+
+class Take:
+    """Hands out the bytes of a buffer from left to right, and IntegrityError where there are none left."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self.at = data, 0
+
+    def __call__(self, nbytes: int) -> memoryview:
+        """The next so many bytes."""
+        piece = self._data[self.at : self.at + nbytes]
+        if len(piece) != nbytes:
+            raise IntegrityError(f"stored bytes end after {len(self._data)} where at least {self.at + nbytes} belong")
+        self.at += nbytes
+        return piece
+
+    def end(self) -> None:
+        """Nothing may follow."""
+        if self.at != len(self._data):
+            raise IntegrityError(f"{len(self._data) - self.at} stored bytes too many")
+
+
+def compress(data: Any, level: int) -> bytes:
+    """One frame. Level 0 is Huffman alone."""
+    return _contexts.compressor(level).compress(data)
+
+
+def _piece(data: Octets, level: int = 0) -> list[Any]:
+    if data.size >= _CRAMPED:
+        frame = compress(data, level)
+        if len(frame) < data.size:
+            return [_HEAD.pack(len(frame)), frame]
+    return [_HEAD.pack(data.size | _AS_IT_IS), data.tobytes()]
+
+
+def _take_piece(take: Take, nbytes: int) -> Octets:
+    (head,) = _HEAD.unpack(take(4))
+    stored = take(head & ~_AS_IT_IS)
+    if not head & _AS_IT_IS:
+        try:
+            declared = zstandard.frame_content_size(stored)
+            if declared != nbytes:
+                raise IntegrityError(f"zstd frame declares {declared} bytes where {nbytes} were expected")
+            return np.frombuffer(_contexts.decompressor.decompress(stored, allow_extra_data=False), np.uint8)
+        except zstandard.ZstdError as error:
+            raise IntegrityError(f"damaged zstd frame ({error})") from error
+    if len(stored) != nbytes:
+        raise IntegrityError(f"{len(stored)} stored bytes where {nbytes} were expected")
+    return np.frombuffer(stored, np.uint8)
+
+
+def encode_lane(block: Words, background: int, *, rare: bool, level: int) -> list[Any]:
+    """The pieces of one stored block; none at all if it is all background."""
+    plane: Octets = block.view(np.uint8)
+    if rare:
+        other = kernels.scratch("other", plane.size, np.bool_)
+        np.not_equal(plane, background, out=other)
+        count = int(np.count_nonzero(other))
+        if not count:
+            return []
+        if count < _RARE * plane.size:
+            bitmap = np.packbits(other, bitorder="little")
+            return [bytes([SPARSE]), *_piece(bitmap), *_piece(plane[np.flatnonzero(other)])]
+        if count < _FEW * plane.size:
+            quads = kernels.scratch("packed_quads", -(-plane.size // 4), np.uint8)
+            more = kernels.gather_quads(plane, background, quads)
+            if more.size < plane.size // 16:
+                return [bytes([QUADS]), *_piece(quads), *_piece(more)]
+    return [bytes([PLANE]), *_piece(plane, level)]
+
+
+def decode_lane(stored: memoryview, out: Octets, background: int) -> Octets:
+    """The plane of one stored block, in ``out`` or in memory of its own."""
+    take = Take(stored)
+    kind = take(1)[0]
+    if kind == PLANE:
+        plane = _take_piece(take, out.size)
+        take.end()
+        return plane
+    if kind == SPARSE:
+        bitmap = _take_piece(take, -(-out.size // 8))
+        places = np.flatnonzero(np.unpackbits(bitmap, count=out.size, bitorder="little"))
+        out.fill(background)
+    elif kind == QUADS:
+        places = kernels.spread_quads(_take_piece(take, -(-out.size // 4)), background, out)
+    else:
+        raise IntegrityError(f"a block of the unknown kind {kind}")
+    out[places] = _take_piece(take, places.size)
+    take.end()
+    return out

@@ -1,0 +1,37 @@
+"""How much host memory there is to take. Reads the kernel's accounts; nothing is cached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def available_bytes() -> int | None:
+    """Bytes that can be used without swapping, by the machine's and the container's account; None if not known."""
+    known = [n for n in (_machine(), *(_group(*names) for names in _CGROUPS)) if n is not None]
+    return min(known, default=None)
+
+
+def _machine() -> int | None:
+    for line in (_read("/proc/meminfo") or "").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+def _group(limit: str, used: str) -> int | None:
+    most, now = _read(limit), _read(used)
+    if most is None or now is None or not most.strip().isdigit():
+        return None
+    return max(0, int(most) - int(now))
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return None

@@ -1,0 +1,76 @@
+"""Which share of a save is worth coding: all of it when the store is slow, none when it is faster than the codecs.
+
+Coding and sending run side by side, so a save takes as long as the slower of the two. With rates L (link) and C (all
+threads' codecs), and coded bytes r times the raw ones, both end together when the share ``1 / (L / C + 1 - r)`` is coded.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+_LEAST = 0.25
+"""A smaller share than this saves less than it costs the training."""
+_KNOWN_BYTES = 16 << 20
+"""Rates are believed after this many bytes."""
+
+
+class Pace:
+    """Measured rates of this rank, and the choice that follows from them. Older saves count half of newer ones."""
+
+    def __init__(self, *, always: bool, never: bool, threads: int) -> None:
+        self._always, self._never, self._threads = always, never, threads
+        self._lock = threading.Lock()
+        self._raw = self._stored = self._code_s = 0.0
+        self._sent = self._busy_s = 0.0
+        self._in_flight, self._since = 0, 0.0
+        self._credit = 0.0
+
+    def begin(self) -> None:
+        """A save begins."""
+        with self._lock:
+            self._raw, self._stored, self._code_s = self._raw / 2, self._stored / 2, self._code_s / 2
+            self._sent, self._busy_s, self._credit = self._sent / 2, self._busy_s / 2, 0.0
+
+    def coded(self, raw_bytes: int, stored_bytes: int, seconds: float) -> None:
+        """One thread coded so much in so long."""
+        with self._lock:
+            self._raw += raw_bytes
+            self._stored += stored_bytes
+            self._code_s += seconds
+
+    def put_begins(self) -> None:
+        """One more object is on its way."""
+        with self._lock:
+            if not self._in_flight:
+                self._since = time.perf_counter()
+            self._in_flight += 1
+
+    def put_ends(self, nbytes: int) -> None:
+        """It has arrived, or failed."""
+        with self._lock:
+            self._in_flight -= 1
+            self._sent += nbytes
+            now = time.perf_counter()
+            self._busy_s += now - self._since
+            self._since = now
+
+    @property
+    def share(self) -> float:
+        """Of the bytes that changed, how many to code."""
+        if self._always or self._never:
+            return float(self._always)
+        if min(self._raw, self._sent) < _KNOWN_BYTES or not (self._code_s and self._busy_s):
+            return 1.0
+        link, codecs = self._sent / self._busy_s, self._raw / self._code_s * self._threads
+        share = 1.0 / (link / codecs + 1.0 - self._stored / self._raw)
+        return 0.0 if share < _LEAST else min(1.0, share)
+
+    def worth(self) -> bool:
+        """Whether the next unit is to be coded."""
+        with self._lock:
+            self._credit = min(1.0, self._credit + self.share)
+            if self._credit < 1.0:
+                return False
+            self._credit -= 1.0
+            return True

@@ -1,0 +1,280 @@
+"""One rank's save: staged snapshot -> digest -> code -> pack -> put -> part. Runs in the background.
+
+::
+
+    units --(workers)--> digests: equal to the predecessor's? -> references, nothing is sent
+                         else code, against the predecessor --> pack --(uploads, within the byte budget)--> put --> part
+
+It knows bytes, boxes and a Store, never live tensors. Whoever calls it decides what to write and commits it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from gpumove.budget import ByteBudget
+from gpumove.config import Config
+from gpumove.errors import GpumoveError, StoreError
+from gpumove.format import keys
+from gpumove.format.codec import Buffer, digest
+from gpumove.format.manifest import FORMAT, Pack
+from gpumove.format.manifest import encode as to_json
+from gpumove.format.pack import PackItem, box_name, build
+from gpumove.save.assemble import Heading, Placement, Written, assemble
+from gpumove.save.chunks import Bytes, Cut, Task, cut
+from gpumove.save.pace import Pace
+from gpumove.save.predecessor import InMemory, OnDisk, Predecessor
+from gpumove.save.units import Answer, UnitCoder
+from gpumove.state.plan import Item
+from gpumove.store.objects import Store
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one rank is to write in one attempt.
+
+    ``rules`` are the optimizers' hyper-parameters by parameter group; ``keep`` says that the snapshot's memory is left
+    alone until the next save is written, so that it can be coded against it.
+    """
+
+    run: str
+    attempt: str
+    rank: int
+    world_size: int
+    step: int
+    plan: str
+    items: Sequence[Item]
+    values: dict[str, Any]
+    rules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    keep: bool = False
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    confirm: Callable[[], None] = lambda: None
+    """Raises if the snapshot turns out not to be whole; called when all else is written."""
+
+    def check(self) -> None:
+        """Stop here if nobody wants the save any more."""
+        if self.cancelled.is_set():
+            raise StoreError(f"the save of step {self.step} was abandoned", code="store.abandoned")
+
+
+@dataclass
+class PartStats:
+    """Bytes of one part, by what became of them, and seconds spent."""
+
+    state_bytes: int = 0
+    clean_bytes: int = 0
+    new_bytes: int = 0
+    packs: int = 0
+    peak_bytes: int = 0
+    seconds: float = 0.0
+
+
+class _OpenPack:
+    """Chunks on their way into one pack."""
+
+    def __init__(self) -> None:
+        self.items: list[PackItem] = []
+        self.tasks: list[int] = []
+        self.nbytes = 0
+
+    def add(self, index: int, item: PackItem) -> None:
+        """One more."""
+        self.items.append(item)
+        self.tasks.append(index)
+        self.nbytes += len(item.stored)
+
+
+class PartWriter:
+    """Writes this rank's parts, one at a time; remembers the last one as the predecessor of the next."""
+
+    def __init__(self, store: Store, config: Config) -> None:
+        self._store, self._config = store, config
+        self._workers = ThreadPoolExecutor(config.workers, thread_name_prefix="gpumove-encode")
+        self._uploads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="gpumove-put")
+        self._pace = Pace(always=config.codec == "small", never=config.codec == "raw", threads=config.workers)
+        self._units = UnitCoder(config, self._pace)
+        self._predecessor = Predecessor()
+        self._counting = threading.Lock()
+        self._cached: tuple[Sequence[Item], Cut] | None = None
+
+    def adopt(self, predecessor: Predecessor) -> None:
+        """From now on saves are compared with this."""
+        self._predecessor.close()
+        self._predecessor = predecessor
+
+    def cut(self, items: Sequence[Item]) -> Cut:
+        """The items cut into chunks; kept while the items are the same object."""
+        if self._cached is None or self._cached[0] is not items:
+            self._cached = (items, cut(items, self._config.chunk_bytes))
+        return self._cached[1]
+
+    def write(self, request: Request, snapshot: Bytes) -> tuple[str, PartStats]:
+        """Write one part, durably.
+
+        Returns:
+            The part's key, and what it took.
+
+        Raises:
+            StoreError: the store failed for good, or the request was cancelled.
+        """
+        began = time.perf_counter()
+        stats = PartStats()
+        pieces = self.cut(request.items)
+        disk = self._disk(request)
+        try:
+            written = self._write_chunks(request, pieces, snapshot, stats, disk)
+            heading = Heading(
+                request.run, request.attempt, request.rank, request.world_size, request.step, request.values
+            )
+            part, table = assemble(heading, request.items, pieces, written, snapshot)
+            data = to_json(part)
+            key = keys.part_key(
+                request.attempt, rank=request.rank, digest=digest(data), plan=request.plan, new_bytes=stats.new_bytes
+            )
+            request.check()
+            request.confirm()
+            self._store.put(key, data)
+        except BaseException:
+            if disk is not None:
+                disk.close()
+            raise
+        held = InMemory(snapshot, pieces.places) if request.keep else disk
+        self.adopt(Predecessor(table, held, request.rules))
+        stats.seconds = time.perf_counter() - began
+        return key, stats
+
+    def _disk(self, request: Request) -> OnDisk | None:
+        """Where this save's bytes are kept for the next one, if memory is not the place."""
+        config = self._config
+        if request.keep or not config.delta or config.codec == "raw" or config.predecessor_dir is None:
+            return None
+        return OnDisk(config.predecessor_dir)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._workers.shutdown()
+        self._uploads.shutdown()
+        self._predecessor.close()
+
+    def _write_chunks(
+        self, request: Request, pieces: Cut, snapshot: Bytes, stats: PartStats, disk: OnDisk | None
+    ) -> Written:
+        """Digest, code, pack and put every chunk that is too large to travel inline."""
+        written = Written()
+        config = self._config
+        ahead = 2 * config.workers
+        budget = ByteBudget(
+            config.budget_bytes - config.pack_bytes - ahead * max(pieces.unit_bytes, config.chunk_bytes)
+        )
+        puts: list[Future[None]] = []
+        open_pack = _OpenPack()
+
+        def flush() -> None:
+            nonlocal open_pack
+            full, open_pack = open_pack, _OpenPack()
+            if full.items:
+                budget.acquire(full.nbytes)
+                puts.append(self._uploads.submit(self._put_pack, request, full, written, budget, stats))
+                _raise_first(puts)
+
+        self._pace.begin()
+        try:
+            for index, answer in self._coded(request, pieces, snapshot, disk):
+                task, item = pieces.tasks[index], request.items[pieces.tasks[index].item]
+                written.outcomes[index] = answer.outcome
+                stats.state_bytes += task.nbytes
+                if answer.data is None:
+                    stats.clean_bytes += task.nbytes
+                    continue
+                open_pack.add(index, _pack_item(request, task, item, answer.outcome.codec, answer.data))
+                if open_pack.nbytes >= config.pack_bytes:
+                    flush()
+            flush()
+        finally:
+            failures = [f.exception() for f in puts]  # waits for all of them: none may outlive the save
+        for failure in failures:
+            if failure is not None:
+                raise failure
+        stats.state_bytes += sum(pieces.tasks[i].nbytes for i in pieces.twins)
+        stats.peak_bytes = budget.peak_bytes
+        return written
+
+    def _coded(
+        self, request: Request, pieces: Cut, snapshot: Bytes, disk: OnDisk | None
+    ) -> Iterator[tuple[int, Answer]]:
+        """Outcomes in the order of batches, computed a few batches ahead."""
+        waiting: deque[tuple[list[list[int]], Future[list[list[Answer]]]]] = deque()
+        coder = self._units.of_save(request.items, pieces, snapshot, self._predecessor, request.rules, disk)
+
+        def code(batch: list[list[int]]) -> list[list[Answer]]:
+            request.check()
+            return [coder.code(unit) for unit in batch]
+
+        def drain(limit: int) -> Iterator[tuple[int, Answer]]:
+            while len(waiting) > limit:
+                batch, future = waiting.popleft()
+                for unit, answers in zip(batch, future.result()):
+                    yield from zip(unit, answers)
+
+        try:
+            for batch in pieces.batches:
+                waiting.append((batch, self._workers.submit(code, batch)))
+                yield from drain(2 * self._config.workers - 1)
+            yield from drain(0)
+        finally:
+            for _, future in waiting:
+                future.cancel()
+            for _, future in waiting:
+                if not future.cancelled():
+                    future.exception()
+
+    def _put_pack(
+        self, request: Request, full: _OpenPack, written: Written, budget: ByteBudget, stats: PartStats
+    ) -> None:
+        sent = 0
+        self._pace.put_begins()
+        try:
+            request.check()
+            image = build(full.items)
+            pack = Pack(request.attempt, image.digest, image.nbytes)
+            self._store.put(pack.key, image.buffers)
+            sent = image.nbytes
+        finally:
+            self._pace.put_ends(sent)
+            budget.release(full.nbytes)
+        for index, item, at in zip(full.tasks, full.items, image.positions):
+            written.places[index] = Placement(pack, at, len(item.stored))
+        with self._counting:
+            stats.new_bytes += image.nbytes
+            stats.packs += 1
+
+
+def _raise_first(futures: list[Future[None]]) -> None:
+    for future in futures:
+        if future.done() and (error := future.exception()) is not None:
+            raise error
+
+
+def _pack_item(request: Request, task: Task, item: Item, codec: str, data: Buffer) -> PackItem:
+    name = box_name(item.fqn, shape=item.shape, offset=task.key.box.offset, box=task.key.box.shape)
+    if item.local:
+        name = f"{name}@{request.rank}"
+    return PackItem(name, item.dtype, task.key.box.shape, codec, data)
+
+
+def say_failure(store: Store, attempt: str, rank: int, error: BaseException) -> None:
+    """Leave word for the committer that this rank will not finish, so that it need not wait. Best effort."""
+    code = error.code if isinstance(error, GpumoveError) else "error"
+    record = {"format": FORMAT, "rank": rank, "code": code, "error": f"{type(error).__name__}: {error}"[:2000]}
+    try:
+        store.put(keys.failed_key(attempt, rank), msgspec.json.encode(record))
+    except GpumoveError:
+        pass  # the store is what failed; the committer's own bound ends its wait

@@ -1,0 +1,98 @@
+"""Host memory that snapshots are copied into: kept between saves, in huge pages, pinned if a CUDA device is in use."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gpumove.errors import ConfigError
+
+_ALIGN = 64
+
+
+class Arena:
+    """One growing run of host memory in huge pages, pinned once a CUDA device is in use."""
+
+    def __init__(self) -> None:
+        self._map: mmap.mmap | None = None
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._pinned = False
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self._bytes.numel()
+
+    def reserve(self, nbytes: int, *, pin: bool) -> torch.Tensor:
+        """The arena, at least this large; the old one is given back first if it must grow."""
+        if nbytes > self.nbytes:
+            self.release()
+            # A tenth more: values grow a little from save to save, and a new arena must be touched anew.
+            size = -(-int(nbytes * 1.02 + 65536) // (2 << 20)) * (2 << 20)
+            self._map = mmap.mmap(-1, size)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        if pin and not self._pinned:
+            _check_cuda(_runtime().cudaHostRegister(self._bytes.data_ptr(), self.nbytes, 0))
+            self._pinned = True
+        return self._bytes
+
+    def release(self) -> None:
+        """Give the memory back."""
+        if self._pinned:
+            _check_cuda(_runtime().cudaHostUnregister(self._bytes.data_ptr()))
+        self._bytes, self._map, self._pinned = torch.empty(0, dtype=torch.uint8, device="cpu"), None, False
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _check_cuda(result: Any) -> None:
+    if int(result) != 0:
+        raise ConfigError(f"the CUDA runtime could not pin host memory (error {int(result)}): raise the memlock limit")
+
+
+class Side:
+    """One arena and how it is laid out."""
+
+    def __init__(self) -> None:
+        self.arena = Arena()
+        self.slots: list[tuple[int, int]] = []
+        self.copies: list[torch.Tensor] = []
+        self._specs: list[tuple[torch.dtype, torch.Size]] = []
+
+    def prepare(self, nbytes: int, *, pin: bool) -> None:
+        """Touch this much memory."""
+        if nbytes > self.arena.nbytes:
+            self._specs, self.copies = [], []  # they point into the arena that goes
+            self.arena.reserve(nbytes, pin=pin).zero_()
+
+    def lay_out(self, sources: Sequence[torch.Tensor]) -> None:
+        """Slots and destination views, kept while dtypes and shapes stay the same."""
+        specs = [(t.dtype, t.shape) for t in sources]
+        if specs == self._specs and self.copies:
+            return
+        slots, at = [], 0
+        for t in sources:
+            nbytes = t.numel() * t.element_size()
+            slots.append((at, nbytes))
+            at += -(-nbytes // _ALIGN) * _ALIGN
+        self.copies = []  # views keep the old arena alive
+        arena = self.arena.reserve(at, pin=any(t.is_cuda for t in sources))
+        self.copies = [arena[a : a + n].view(t.dtype).view(t.shape) for (a, n), t in zip(slots, sources)]
+        self._specs, self.slots = specs, slots
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._specs, self.copies = [], []
+        self.arena.release()
+
+
+def staged_bytes(sources: Sequence[torch.Tensor]) -> int:
+    """Host memory that a snapshot takes."""
+    return sum(-(-t.numel() * t.element_size() // _ALIGN) * _ALIGN for t in sources)
