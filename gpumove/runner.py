@@ -142,6 +142,7 @@ class Runner:
             handle.finish()
         except BaseException as error:  # noqa: BLE001 - kept in the handle, raised once in the training thread
             _log.debug("the save of step %d failed: %s", handle.step, error)
+            self._stager.settle(None)
             handle.finish(error)
             say_failure(self._log_book.store, handle.attempt, self._rank, error)
             return
@@ -177,6 +178,7 @@ class Runner:
         request = self._request(staged)
         _, part = self._writer.write(request, staged.snapshot)
         self._stager.keep(staged.snapshot if request.keep else None)
+        self._stager.settle(part.clean if self._config.skip_unchanged else ())
         stats.state_bytes, stats.clean_bytes, stats.new_bytes = part.state_bytes, part.clean_bytes, part.new_bytes
         stats.packs, stats.peak_bytes = part.packs, part.peak_bytes
         stats.stall_s += staged.snapshot.fence_s

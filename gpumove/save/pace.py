@@ -1,7 +1,7 @@
 """Which share of a save is worth coding: all of it when the store is slow, none when it is faster than the codecs.
 
 Coding and sending run side by side, so a save takes as long as the slower of the two. With rates L (link) and C (all
-threads' codecs), and coded bytes r times the raw ones, both end together when the share ``1 / (L / C + 1 - r)`` is coded.
+threads' codecs), and coded bytes r times the raw ones, both end together if the share ``1 / (L / C + 1 - r)`` is coded.
 """
 
 from __future__ import annotations

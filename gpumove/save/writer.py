@@ -75,6 +75,8 @@ class PartStats:
     packs: int = 0
     peak_bytes: int = 0
     seconds: float = 0.0
+    clean: frozenset[int] = frozenset()
+    """Sources of which nothing changed."""
 
 
 class _OpenPack:
@@ -186,6 +188,7 @@ class PartWriter:
                 _raise_first(puts)
 
         self._pace.begin()
+        changed: set[int] = set()
         try:
             for index, answer in self._coded(request, pieces, snapshot, disk):
                 task, item = pieces.tasks[index], request.items[pieces.tasks[index].item]
@@ -194,6 +197,7 @@ class PartWriter:
                 if answer.data is None:
                     stats.clean_bytes += task.nbytes
                     continue
+                changed.add(task.source)
                 open_pack.add(index, _pack_item(request, task, item, answer.outcome.codec, answer.data))
                 if open_pack.nbytes >= config.pack_bytes:
                     flush()
@@ -205,6 +209,7 @@ class PartWriter:
                 raise failure
         stats.state_bytes += sum(pieces.tasks[i].nbytes for i in pieces.twins)
         stats.peak_bytes = budget.peak_bytes
+        stats.clean = frozenset(pieces.tasks[i].source for i in written.outcomes) - changed
         return written
 
     def _coded(

@@ -72,11 +72,11 @@ class Side:
             self._specs, self.copies = [], []  # they point into the arena that goes
             self.arena.reserve(nbytes, pin=pin).zero_()
 
-    def lay_out(self, sources: Sequence[torch.Tensor]) -> None:
-        """Slots and destination views, kept while dtypes and shapes stay the same."""
+    def lay_out(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Slots and destination views, kept while dtypes and shapes stay the same; whether they are new."""
         specs = [(t.dtype, t.shape) for t in sources]
         if specs == self._specs and self.copies:
-            return
+            return False
         slots, at = [], 0
         for t in sources:
             nbytes = t.numel() * t.element_size()
@@ -86,6 +86,7 @@ class Side:
         arena = self.arena.reserve(at, pin=any(t.is_cuda for t in sources))
         self.copies = [arena[a : a + n].view(t.dtype).view(t.shape) for (a, n), t in zip(slots, sources)]
         self._specs, self.slots = specs, slots
+        return True
 
     def release(self) -> None:
         """Give the memory back."""

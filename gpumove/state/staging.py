@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gpumove.errors import ConfigError
 from gpumove.state.arena import Side, staged_bytes
+from gpumove.state.unchanged import Fingerprint, Watch, fingerprint
 
 
 class Snapshot:
@@ -37,6 +39,8 @@ class Snapshot:
         self._comparing = threading.Lock()
         self._thread = threading.get_ident()
         self._sighted = threading.Event()
+        self._unchanged: dict[int, memoryview] = {}
+        """Sources that were not copied, because an older copy has the same bytes."""
         self.changed: list[int] = []
         """Sources that were changed while they were copied; filled by ``wait``."""
         self.nbytes = sum(n for _, n in slots)
@@ -85,6 +89,8 @@ class Snapshot:
 
     def view(self, index: int) -> memoryview:
         """The bytes of one source."""
+        if (kept := self._unchanged.get(index)) is not None:
+            return kept
         start, nbytes = self._slots[index]
         return self._memory[start : start + nbytes]
 
@@ -124,6 +130,9 @@ class Stager:
         self._current: Snapshot | None = None
         self._kept: Snapshot | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._watch = Watch()
+        self._where: dict[int, memoryview] = {}
+        """Where the newest copy of each source lies."""
         self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     @property
@@ -134,6 +143,13 @@ class Stager:
     def keep(self, snapshot: Snapshot | None) -> None:
         """From now on this snapshot is not overwritten, and the one that was kept before may be."""
         self._kept = snapshot
+
+    def settle(self, clean: Iterable[int] | None) -> None:
+        """A save ended: these sources did not change since the one before. None: it failed, so nothing is known."""
+        if clean is None:
+            self._watch.forget()
+        else:
+            self._watch.settle(clean)
 
     def _before_step(self, *_: Any) -> None:
         if self._current is not None:
@@ -161,80 +177,83 @@ class Stager:
         """
         number = 1 - self._kept.side if self._kept is not None else 0
         side = self._sides[number]
-        side.lay_out(sources)
+        if side.lay_out(sources):
+            self._watch.forget()
         snapshot = Snapshot(side.slots, side.arena.reserve(0, pin=False), number)
         now = [i for i, t in enumerate(sources) if not t.is_cuda and (at_once[i] or not self._overlap or _small(t))]
         later = sorted(set(range(len(sources))) - set(now))
-        self._copy(side.copies, sources, now)
+        looked = [i for i in later if i in self._watch.candidates and not at_once[i]]
+        work = _Work(snapshot, side.copies, sources, at_once, sorted(set(later) - set(looked)), looked)
+        self._copy(work, now)
         snapshot._watched = _versions(sources, [i for i in later if not at_once[i]])
-        on_device = [i for i in later if sources[i].is_cuda]
-        on_host = [i for i in later if not sources[i].is_cuda]
-        keep = self._enqueue(snapshot, side.copies, sources, on_device, at_once)
-        if not on_device and not on_host:
+        self._enqueue(work, [i for i in work.copied if sources[i].is_cuda])
+        work.marks = [self._mark(sources[i]) if sources[i].is_cuda else None for i in looked]
+        if not later:
             snapshot._finish(None)
         else:
-            threading.Thread(
-                target=self._complete,
-                args=(snapshot, side.copies, sources, on_host, keep),
-                name="gpumove-stage",
-                daemon=True,
-            ).start()
+            threading.Thread(target=self._complete, args=(work,), name="gpumove-stage", daemon=True).start()
             if not self._overlap:
                 snapshot._done.wait()
         snapshot.sight()
         self._current = snapshot  # last: an optimizer must never wait for a copy that did not begin
         return snapshot
 
-    def _copy(self, copies: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], which: Sequence[int]) -> None:
+    def _copy(self, work: _Work, which: Sequence[int]) -> None:
         # _foreach_copy_ releases the GIL for the whole list; untyped_storage().copy_() would hold it.
         if which:
-            torch._foreach_copy_([copies[i] for i in which], [sources[i] for i in which])
+            torch._foreach_copy_([work.copies[i] for i in which], [work.sources[i] for i in which])
 
-    def _enqueue(
-        self,
-        snapshot: Snapshot,
-        copies: Sequence[torch.Tensor],
-        sources: Sequence[torch.Tensor],
-        which: Sequence[int],
-        at_once: Sequence[bool],
-    ) -> list[torch.Tensor]:
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The side stream of a device."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device]
+
+    def _mark(self, source: torch.Tensor) -> Fingerprint:
+        """Queue a device tensor's fingerprint behind what the current stream has been given so far."""
+        stream = self._stream(source.device)
+        stream.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(stream):
+            return fingerprint(source)
+
+    def _enqueue(self, work: _Work, which: Sequence[int]) -> None:
         """Queue device copies on a side stream that starts behind what the current stream has been given so far."""
-        keep: list[torch.Tensor] = []
-        for device in {sources[i].device for i in which}:
-            mine = [i for i in which if sources[i].device == device]
+        for device in {work.sources[i].device for i in which}:
+            mine = [i for i in which if work.sources[i].device == device]
             # What forward may change is cloned on the device first, in the order of the training stream.
-            taken = {i: sources[i].clone() if at_once[i] else sources[i] for i in mine}
-            if device not in self._streams:
-                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            stream = self._streams[device]
+            taken = {i: work.sources[i].clone() if work.at_once[i] else work.sources[i] for i in mine}
+            stream = self._stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 sources_now = [taken[i].contiguous() for i in mine]
-                torch._foreach_copy_([copies[i] for i in mine], sources_now, non_blocking=True)
+                torch._foreach_copy_([work.copies[i] for i in mine], sources_now, non_blocking=True)
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
-            snapshot._events.append((device, event))
-            keep += sources_now + list(taken.values())  # registered memory is not tracked by the allocator
-        return keep
+            work.snapshot._events.append((device, event))
+            work.keep += sources_now + list(taken.values())  # registered memory is not tracked by the allocator
 
-    def _complete(
-        self,
-        snapshot: Snapshot,
-        copies: Sequence[torch.Tensor],
-        sources: Sequence[torch.Tensor],
-        on_host: Sequence[int],
-        keep: list[torch.Tensor],
-    ) -> None:
-        error: BaseException | None = None
+    def _complete(self, work: _Work) -> None:
+        snapshot, error = work.snapshot, None
         try:
-            self._copy(copies, sources, on_host)
+            # Candidates first: until it is known which of them are copied, an optimizer has to wait on the host.
+            changed = self._look(work)
+            self._enqueue(work, [i for i in changed if work.sources[i].is_cuda])
+            self._copy(work, [i for i in (*work.copied, *changed) if not work.sources[i].is_cuda])
+            self._where.update((i, snapshot.view(i)) for i in range(len(work.sources)))
             snapshot._on_host.set()
             for _, event in snapshot._events:
                 event.synchronize()
         except BaseException as failure:  # noqa: BLE001 - handed to whoever waits
             error = failure
-        keep.clear()
+        work.keep.clear()
         snapshot._finish(error)
+
+    def _look(self, work: _Work) -> list[int]:
+        """Which candidates have to be copied after all; of the others the older copy is used."""
+        marks = [fingerprint(work.sources[i]) if m is None else m for i, m in zip(work.looked, work.marks)]
+        changed = self._watch.changed(work.looked, marks)
+        work.snapshot._unchanged = {i: self._where[i] for i in set(work.looked) - set(changed)}
+        return changed
 
     def close(self) -> None:
         """Wait for a running copy, unhook, give the memory back."""
@@ -242,8 +261,23 @@ class Stager:
         if self._current is not None:
             self._current._done.wait()
         self._current = self._kept = None
+        self._where = {}
         for side in self._sides:
             side.release()
+
+
+@dataclass
+class _Work:
+    """One snapshot in the making: ``copied`` are copied later in any case, ``looked`` only if they changed."""
+
+    snapshot: Snapshot
+    copies: Sequence[torch.Tensor]
+    sources: Sequence[torch.Tensor]
+    at_once: Sequence[bool]
+    copied: list[int]
+    looked: list[int]
+    marks: list[Fingerprint | None] = field(default_factory=list)
+    keep: list[torch.Tensor] = field(default_factory=list)
 
 
 def _small(tensor: torch.Tensor) -> bool:

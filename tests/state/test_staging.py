@@ -48,10 +48,10 @@ def test_the_optimizer_step_waits_for_the_copy_and_not_the_call(
     p.grad = torch.ones(1000)
     gate, genuine = threading.Event(), stager._copy
 
-    def slow(copies: object, sources: object, which: list[int]) -> None:
+    def slow(work: object, which: list[int]) -> None:
         if threading.current_thread() is not threading.main_thread():
             gate.wait(10)
-        genuine(copies, sources, which)  # type: ignore[arg-type]
+        genuine(work, which)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stager, "_copy", slow)
     snapshot = stager.stage([p.detach()], [False])
@@ -78,10 +78,10 @@ def test_a_source_changed_by_hand_is_noticed(stager: Stager, monkeypatch: pytest
     source = torch.ones(100_000)
     gate, genuine = threading.Event(), stager._copy
 
-    def slow(copies: object, sources: object, which: list[int]) -> None:
+    def slow(work: object, which: list[int]) -> None:
         if threading.current_thread() is not threading.main_thread():
             gate.wait(10)
-        genuine(copies, sources, which)  # type: ignore[arg-type]
+        genuine(work, which)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stager, "_copy", slow)
     snapshot = stager.stage([torch.zeros(100), source], [False, False])
