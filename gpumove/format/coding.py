@@ -45,8 +45,9 @@ _RAW_BELOW, _PLAIN_BELOW = 256, 4096
 _CHOICE_SAMPLE = (32, 1024)
 _CHUNKS_PER_CHOICE = 64
 _MAX_CHOICES = 1 << 16
-_GAIN, _GAIN_OF_REPEATS = 1 / 256, 1 / 16
-"""Of the raw size, what a slower way has to save beyond a faster one."""
+_GAIN = 1 / 256
+"""Of the raw size, what a slower way has to save beyond a faster one: once for sub, twice for a prediction, and once
+more for each time that it goes over the state again."""
 _FLOATS = frozenset({"float32", "bfloat16", "complex64"})
 _ORDER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "master", "parameter", "copy")
 
@@ -189,9 +190,9 @@ def _choose(family: Family, n: int, rule: Rule | None) -> _Way:
         (estimate_bits(new, transform), _Way(PLANES)),
         (estimate_bits(new - old, CENTRED) + _GAIN * width, _Way(SUB)),
     ]
-    if rule is not None and rule.steps >= 0:
+    if rule is not None:
         for recipe in recipes(family, n, rule):
-            cost = (_GAIN_OF_REPEATS if recipe.repeated and rule.steps > 1 else 2 * _GAIN) * width
+            cost = (2 + (rule.steps if recipe.repeated else 0)) * _GAIN * width
             ways.append((_bits_of(family, new, rule, recipe) + cost, _Way("", recipe)))
     return min(ways, key=lambda way: way[0])[1]
 

@@ -19,8 +19,9 @@ from gpumove.format.kernels import Octets, Words
 PLANE, SPARSE, QUADS = 1, 2, 3
 _HEAD = struct.Struct("<I")
 _AS_IT_IS = 1 << 31
-_RARE, _FEW = 0.02, 0.5
-"""Shares of values that are not the background: below the first, their places are stored; below the second, quads."""
+_RARE, _SCATTERED, _FEW = 0.02, 0.2, 0.5
+"""Shares of values that are not the background. Below the first, their places are stored; below the last, quads, if
+nearly all are next to the background; else their places, below the second: rows that changed are often neighbours."""
 _CRAMPED = 32
 """Below so many bytes a frame's own header costs more than Huffman gains."""
 
@@ -109,14 +110,14 @@ def encode_lane(block: Words, background: int, *, rare: bool, level: int) -> lis
         count = int(np.count_nonzero(other))
         if not count:
             return []
-        if count < _RARE * plane.size:
+        if _RARE * plane.size <= count < _FEW * plane.size:
+            quads = kernels.scratch("packed_quads", -(-plane.size // 4), np.uint8)
+            more = kernels.gather_quads(plane, background, quads, limit=plane.size // 16)
+            if more is not None:
+                return [bytes([QUADS]), *_piece(quads), *_piece(more)]
+        if count < _SCATTERED * plane.size:
             bitmap = np.packbits(other, bitorder="little")
             return [bytes([SPARSE]), *_piece(bitmap), *_piece(plane[np.flatnonzero(other)])]
-        if count < _FEW * plane.size:
-            quads = kernels.scratch("packed_quads", -(-plane.size // 4), np.uint8)
-            more = kernels.gather_quads(plane, background, quads)
-            if more.size < plane.size // 16:
-                return [bytes([QUADS]), *_piece(quads), *_piece(more)]
     return [bytes([PLANE]), *_piece(plane, level)]
 
 
@@ -130,7 +131,7 @@ def decode_lane(stored: memoryview, out: Octets, background: int) -> Octets:
         return plane
     if kind == SPARSE:
         bitmap = _take_piece(take, -(-out.size // 8))
-        places = np.flatnonzero(np.unpackbits(bitmap, count=out.size, bitorder="little"))
+        places = np.flatnonzero(np.unpackbits(bitmap, count=out.size, bitorder="little").view(np.bool_))
         out.fill(background)
     elif kind == QUADS:
         places = kernels.spread_quads(_take_piece(take, -(-out.size // 4)), background, out)

@@ -156,8 +156,11 @@ def round_bfloat16(bits: NDArray[np.uint32], out: NDArray[np.uint16]) -> None:
     np.copyto(out, up, casting="unsafe")
 
 
-def gather_quads(plane: Octets, background: int, out: Octets) -> Octets:
-    """Four values to a byte, 2 bits each: 0 the background, 1 and 2 one less and one more, 3 all others, returned."""
+def gather_quads(plane: Octets, background: int, out: Octets, *, limit: int) -> Octets | None:
+    """Four values to a byte, 2 bits each: 0 the background, 1 and 2 one less and one more, 3 all others, returned.
+
+    None if there would be more than ``limit`` others; nothing is in ``out`` then.
+    """
     folded = scratch("quads", 4 * out.size, np.uint8)
     folded[plane.size :] = 0
     values, sign = folded[: plane.size], scratch("quads sign", plane.size, np.int8)
@@ -165,7 +168,11 @@ def gather_quads(plane: Octets, background: int, out: Octets) -> Octets:
     np.right_shift(values.view(np.int8), 7, out=sign)
     np.add(values, values, out=values)
     np.bitwise_xor(values, sign.view(np.uint8), out=values)
-    others = plane[np.flatnonzero(values > 2)]
+    other = scratch("quads other", plane.size, np.bool_)
+    np.greater(values, 2, out=other)
+    if np.count_nonzero(other) > limit:
+        return None
+    others = plane[np.flatnonzero(other)]
     np.minimum(values, 3, out=values)
     packed = folded.view("<u4")
     np.multiply(packed, 0x01041040, out=packed)

@@ -159,8 +159,12 @@ def _squares(frame: _Frame) -> Floats:
     mean = np.multiply(before, power1, out=frame.new("mean"))
     np.subtract(after, mean, out=mean)
     np.divide(mean, weight, out=mean)
-    out = np.multiply(old, beta if frame.repeats else power2, out=frame.new("out"))
-    for _ in range(frame.repeats - 1):
+    out = frame.new("out")
+    if frame.repeats:
+        np.copyto(out, old)
+    else:
+        np.multiply(old, power2, out=out)
+    for _ in range(frame.repeats):
         frame.round(np.multiply(out, beta, out=out))
     scaled = np.multiply(mean, share, out=frame.new("scaled"))
     np.multiply(scaled, mean, out=scaled)

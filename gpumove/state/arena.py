@@ -57,6 +57,9 @@ def _check_cuda(result: Any) -> None:
         raise ConfigError(f"the CUDA runtime could not pin host memory (error {int(result)}): raise the memlock limit")
 
 
+Specs = list[tuple[torch.dtype, torch.Size]]
+
+
 class Side:
     """One arena and how it is laid out."""
 
@@ -64,7 +67,7 @@ class Side:
         self.arena = Arena()
         self.slots: list[tuple[int, int]] = []
         self.copies: list[torch.Tensor] = []
-        self._specs: list[tuple[torch.dtype, torch.Size]] = []
+        self._specs: Specs = []
 
     def prepare(self, nbytes: int, *, pin: bool) -> None:
         """Touch this much memory."""
@@ -72,11 +75,10 @@ class Side:
             self._specs, self.copies = [], []  # they point into the arena that goes
             self.arena.reserve(nbytes, pin=pin).zero_()
 
-    def lay_out(self, sources: Sequence[torch.Tensor]) -> bool:
-        """Slots and destination views, kept while dtypes and shapes stay the same; whether they are new."""
-        specs = [(t.dtype, t.shape) for t in sources]
+    def lay_out(self, sources: Sequence[torch.Tensor], specs: Specs) -> None:
+        """Slots and destination views, kept while dtypes and shapes (``specs``) stay the same."""
         if specs == self._specs and self.copies:
-            return False
+            return
         slots, at = [], 0
         for t in sources:
             nbytes = t.numel() * t.element_size()
@@ -86,7 +88,6 @@ class Side:
         arena = self.arena.reserve(at, pin=any(t.is_cuda for t in sources))
         self.copies = [arena[a : a + n].view(t.dtype).view(t.shape) for (a, n), t in zip(slots, sources)]
         self._specs, self.slots = specs, slots
-        return True
 
     def release(self) -> None:
         """Give the memory back."""

@@ -21,7 +21,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gpumove.errors import ConfigError
-from gpumove.state.arena import Side, staged_bytes
+from gpumove.state.arena import Side, Specs, staged_bytes
 from gpumove.state.unchanged import Fingerprint, Watch, fingerprint
 
 
@@ -131,6 +131,7 @@ class Stager:
         self._kept: Snapshot | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._watch = Watch()
+        self._specs: Specs = []
         self._where: dict[int, memoryview] = {}
         """Where the newest copy of each source lies."""
         self._hook = register_optimizer_step_pre_hook(self._before_step)
@@ -177,8 +178,11 @@ class Stager:
         """
         number = 1 - self._kept.side if self._kept is not None else 0
         side = self._sides[number]
-        if side.lay_out(sources):
+        specs = [(t.dtype, t.shape) for t in sources]
+        side.lay_out(sources, specs)
+        if specs != self._specs:
             self._watch.forget()
+            self._specs = specs
         snapshot = Snapshot(side.slots, side.arena.reserve(0, pin=False), number)
         now = [i for i, t in enumerate(sources) if not t.is_cuda and (at_once[i] or not self._overlap or _small(t))]
         later = sorted(set(range(len(sources))) - set(now))
