@@ -44,6 +44,8 @@ class Config:
     """Host memory for the last save's bytes, per rank; 0 for none, None for a quarter of what is free."""
     predecessor_dir: str | None = None
     """A folder on a fast local disk for them, where they do not fit in memory."""
+    step_log: str = "off"
+    """``"auto"``: with ``every_steps`` from 2 to 8, save at every step where that was measured to send less."""
     skip_unchanged: bool = False
     """Look for unchanged tensors before they are copied. For jobs that train a small part of a model."""
     overlap: bool = True
@@ -165,7 +167,7 @@ def _check_sizes(c: Config) -> list[str]:
 
 
 def _check_words(c: Config) -> list[str]:
-    choices = {"codec": ("auto", "small", "raw"), "on_save_error": ("raise", "warn")}
+    choices = {"codec": ("auto", "small", "raw"), "step_log": ("off", "auto"), "on_save_error": ("raise", "warn")}
     return [
         f"{name} must be one of {', '.join(words)}, not {getattr(c, name)!r}"
         for name, words in choices.items()

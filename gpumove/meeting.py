@@ -12,6 +12,7 @@ from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError, GpumoveError, describe
 from gpumove.format.manifest import Checkpoint
 from gpumove.handle import SaveHandle
+from gpumove.steplog import StepLog
 
 _log = logging.getLogger("gpumove")
 
@@ -67,6 +68,8 @@ class Chair:
     def __init__(self, config: Config, now: float) -> None:
         self._config = config
         self.cadence = Cadence(config, now)
+        self._step_log = StepLog(config)
+        self._counted: SaveHandle | None = None
         self.serial = 0
         self.skipped = 0
         self.failed = 0
@@ -115,7 +118,9 @@ class Chair:
         self, step: int, reports: Sequence[Report], last: SaveHandle | None, *, wanted: bool, told: bool, now: float
     ) -> Verdict:
         verdict = Verdict(replan=any(r.replan for r in reports), told=told)
-        if self.cadence.due(step, now) or wanted:
+        self._count(last)
+        single = self._step_log.wants() and (last is None or last.finished)
+        if self.cadence.due(step, now) or wanted or single:
             self.cadence.took(step, now)
             if last is not None and not last.finished:
                 self._skip(step, last)
@@ -123,7 +128,18 @@ class Chair:
                 self.serial += 1
                 verdict.save, verdict.serial, self._warned = True, self.serial, False
         verdict.next_meeting = self.cadence.next_meeting(step, now)
+        if self._step_log.watching:
+            verdict.next_meeting = step + 1
         return verdict
+
+    def _count(self, last: SaveHandle | None) -> None:
+        """Learn from a save that was committed since the last meeting."""
+        if last is None or last is self._counted or not last.committed or not last.stats.state_bytes:
+            return
+        self._counted = last
+        seconds, step_s = last.stats.committed_s, self.cadence.step_s
+        in_time = seconds is None or step_s is None or seconds < step_s
+        self._step_log.came_out(last.step, last.stats.new_bytes / last.stats.state_bytes, in_time=in_time)
 
     def _skip(self, step: int, last: SaveHandle) -> None:
         self.skipped += 1

@@ -37,7 +37,7 @@ LAYERS = [
         "inspection.summary",
         "inspection.export_plan", "inspection.export", "inspection.doctor",
     ],
-    ["cadence", "handle", "losses", "meeting", "runner", "checkpointer", "reader"],
+    ["cadence", "steplog", "handle", "losses", "meeting", "runner", "checkpointer", "reader"],
     ["cli_tables", "cli", "__main__"],
 ]  # fmt: skip
 RANK = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}

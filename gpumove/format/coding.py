@@ -111,7 +111,7 @@ class Coder:
             choice = self._choices.get(key) if key is not None else None
             if choice is not None and choice.left and choice.ways.keys() >= set(dirty):
                 choice.left -= 1
-                return choice.ways
+                return {n: choice.ways[n] for n in dirty}
         ways = {n: _choose(family, n, rule) for n in dirty}
         if key is not None:
             with self._lock:

@@ -31,7 +31,7 @@ EACH, BFLOAT16_GRADIENT = 1, 2
 FLAGS = EACH | BFLOAT16_GRADIENT
 MAX_REPEATS = 32
 
-PIECE = 1 << 15
+PIECE = 1 << 16
 """Elements per pass: what an operation leaves is still in the cache for the next."""
 
 

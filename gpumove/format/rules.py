@@ -101,6 +101,8 @@ class Recipe(NamedTuple):
     """SQUARES with factors of its own, found by least squares; FIT and FIT_BUFFER always have such."""
 
 
+_MOST_STEPS = 1000
+"""After so many the sum no longer changes."""
 _WORDS = {"complex64": 4, "complex128": 8}
 
 
@@ -186,7 +188,7 @@ def recipes(family: Family, index: int, rule: Rule) -> Iterator[Recipe]:
     """What may be tried for a field; those whose numbers come out the same only once."""
     role = "stepped" if index == family.stepped else family.fields[index].role
     roles = {"adam": ("exp_avg", "exp_avg_sq", "stepped"), "momentum": ("momentum_buffer", "stepped")}
-    if role not in roles[rule.kind]:
+    if role not in roles.get(rule.kind, ()):
         return
     seen: set[tuple[Step, bool]] = set()
     for attempt, hyper in enumerate(rule.tries):
@@ -232,7 +234,8 @@ def _adam_scalars(formula: int, hyper: Hyper, steps: int) -> tuple[float, ...]:
     if formula == SQUARE:
         return (1 - beta1, beta2, 1 - beta2)
     if formula == SQUARES:
-        share = (1 - beta2) / sum((beta1**2 / beta2) ** n for n in range(steps))
+        ratio = min(beta1**2 / beta2, 1.0)
+        share = (1 - beta2) / sum(ratio**n for n in range(min(steps, _MOST_STEPS)))
         return (beta1**steps, 1 - beta1, beta2, beta2**steps, share)
     if formula == FIT:
         return (0.0, 0.0, 0.0, hyper.eps)
@@ -284,5 +287,8 @@ def _least_squares(terms: NDArray[np.float64], values: NDArray[np.float64]) -> t
     good = np.isfinite(terms).all(axis=0) & np.isfinite(values)
     if not good.any():
         return (0.0,) * len(terms)
-    factors = np.linalg.lstsq(terms[:, good].T, values[good], rcond=None)[0]
+    try:
+        factors = np.linalg.lstsq(terms[:, good].T, values[good], rcond=None)[0]
+    except np.linalg.LinAlgError:
+        factors = np.zeros(len(terms))
     return tuple(float(np.float32(f)) for f in factors)
