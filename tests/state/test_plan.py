@@ -110,3 +110,25 @@ def test_everything_that_does_not_fit_is_listed() -> None:
         "values has different values on ranks 0 and 1",
     ):
         assert words in str(caught.value)
+
+
+def test_a_family_goes_to_one_rank_in_the_same_rows() -> None:
+    def layout(n: int) -> list[Shard]:
+        members = [("p", 2), ("p.m", 4), ("p.v", 4)]
+        found = [shard(f"{k}{name}", (64 + k, 8))._replace(family=f"{k}p") for name, size in members for k in range(n)]
+        return [s._replace(item_bytes=size) for s, size in zip(found, [size for _, size in members for _ in range(n)])]
+
+    for ranks, split_bytes in ((2, 1 << 20), (3, 512)):
+        layouts = [layout(5) for _ in range(ranks)]
+        pieces = assign(layouts, split_bytes=split_bytes)
+        for mine in pieces:
+            runs: dict[str, set[tuple[int, int]]] = {}
+            count: dict[str, int] = {}
+            for index, start, stop in mine:
+                family = layouts[0][index].family
+                runs.setdefault(family, set()).add((start, stop))
+                count[family] = count.get(family, 0) + 1
+            assert all(len(found) == 1 for found in runs.values())
+            assert set(count.values()) == {3}
+        for fqn, boxes in written(layouts, pieces).items():
+            assert cover_problem((64 + int(fqn[0]), 8), boxes) is None
