@@ -17,7 +17,12 @@ from gpumove.save.chain import Chain
 from gpumove.save.chunks import Bytes, Cut, data_of
 from gpumove.save.pace import Pace
 from gpumove.save.predecessor import OnDisk, Predecessor
+from gpumove.state.families import Kin
 from gpumove.state.plan import Item
+
+
+_SMALL_BYTES = 1 << 20
+"""Looking at a unit costs as much as coding a megabyte or so."""
 
 
 class Answer(NamedTuple):
@@ -105,7 +110,7 @@ class _Save:
             Field(i.kin.role if i.kin is not None else "", i.dtype, view, base, same)
             for i, view, base, same in zip(items, data, bases, clean)
         ]
-        key = None if kin is None else (kin.family, all(b is not None for b in bases))
+        key = None if kin is None else _choice_key(kin, fields)
         coded = self._coder.encode(fields, self._rules.get(rule), key=key)
         raw = sum(len(v) for v, same in zip(data, clean) if not same)
         stored = sum(len(c.stored) for c in coded if c is not None)
@@ -142,6 +147,12 @@ def _resolved(coded: Coded, unit: list[int], before: list[Stored | None]) -> tup
         else:
             raise IntegrityError("a chunk was coded against one that the last save does not have")
     return tuple(found)
+
+
+def _choice_key(kin: Kin, fields: Sequence[Field]) -> tuple[object, ...]:
+    """Which units are coded alike once one was looked at: those of one tensor, and small ones of one rule."""
+    small = sum(len(f.new) for f in fields) < _SMALL_BYTES
+    return (kin.rule if small else kin.family, *((f.role, f.dtype, f.base is None) for f in fields))
 
 
 def _rule(before: Mapping[str, float] | None, now: Mapping[str, float]) -> Rule | None:
