@@ -20,7 +20,6 @@ from gpumove.save.predecessor import OnDisk, Predecessor
 from gpumove.state.families import Kin
 from gpumove.state.plan import Item
 
-
 _SMALL_BYTES = 1 << 20
 """Looking at a unit costs as much as coding a megabyte or so."""
 
