@@ -69,7 +69,7 @@ class Pace:
     def worth(self) -> bool:
         """Whether the next unit is to be coded."""
         with self._lock:
-            self._credit = min(1.0, self._credit + self.share)
+            self._credit += self.share  # below 2 at all times: a whole one is spent at once
             if self._credit < 1.0:
                 return False
             self._credit -= 1.0
