@@ -19,8 +19,9 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     ["version", "errors", "config", "budget", "memory", "environment"],
     [
-        "format.kernels", "format.entropy", "format.planes", "format.predict", "format.codec", "format.coding",
-        "format.manifest", "format.keys", "format.boxes", "format.dtypes", "format.pack", "format.stored",
+        "format.native", "format.kernels", "format.arithmetic", "format.entropy", "format.lanes", "format.layouts",
+        "format.planes", "format.predict", "format.differences", "format.codec", "format.dtypes", "format.rules",
+        "format.coding", "format.manifest", "format.keys", "format.boxes", "format.pack", "format.stored",
     ],
     [
         "store.retry", "store.address", "store.backends", "store.files", "store.clouds", "store.s3", "store.gcs",
