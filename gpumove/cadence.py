@@ -22,8 +22,7 @@ class Cadence:
     last_step: int = 0
     _seen_step: int | None = None
     _seen_s: float = 0.0
-    step_s: float | None = None
-    """Seconds of a step, measured between the last two meetings."""
+    _step_s: float | None = None
 
     def __post_init__(self) -> None:
         """The first interval counts from the start."""
@@ -44,7 +43,7 @@ class Cadence:
         """The next step at which a save may be due."""
         passed = step - self._seen_step if self._seen_step is not None else 0
         if passed > 0:
-            self.step_s = (now - self._seen_s) / passed
+            self._step_s = (now - self._seen_s) / passed
         self._seen_step, self._seen_s = step, now
         candidates = []
         if self.config.every_steps is not None:
@@ -58,6 +57,6 @@ class Cadence:
 
         At most twice as many as were measured: the first steps of a job may take a thousandth of the later ones.
         """
-        if not self.step_s:
+        if not self._step_s:
             return 1
-        return max(1, min(math.floor(0.9 * seconds / self.step_s), 2 * passed))
+        return max(1, min(math.floor(0.9 * seconds / self._step_s), 2 * passed))

@@ -26,7 +26,7 @@ from gpumove.meeting import Chair, Claimed, Report, Verdict
 from gpumove.restore import Contents, fill, read_contents, try_newest
 from gpumove.runner import Runner, Staged
 from gpumove.state.capture import Capture, Job, Targets
-from gpumove.state.layout import Planner, urgent
+from gpumove.state.layout import Planner
 from gpumove.state.peers import Peers
 from gpumove.state.staging import Snapshot, Stager
 from gpumove.store.log import Log
@@ -236,8 +236,8 @@ class Checkpointer:
             self._planner.agree(capture)
         except (ConfigError, LayoutError):
             return  # on all ranks alike. The first save says so; a job that only reads may go on
-        layout = self._planner.lay_out(capture)
-        self._snapshot = self._stager.stage(layout.sources, urgent(layout, capture, self._runner.mutable))
+        layout = self._planner.lay_out(capture, self._runner.mutable)
+        self._snapshot = self._stager.stage(layout.sources, layout.at_once)
         self._runner.follow_on(table, self._snapshot, layout, capture)
 
     # ---------------------------------------------------------------- save
@@ -313,7 +313,7 @@ class Checkpointer:
             self._raise(verdict.error)
         if verdict.replan:
             self._planner.agree(capture)
-        layout = self._planner.lay_out(capture)
+        layout = self._planner.lay_out(capture, self._runner.mutable)
         if not verdict.save:
             if verdict.replan:
                 self._runner.prepare(layout.sources)
@@ -322,7 +322,7 @@ class Checkpointer:
         handle = SaveHandle(step, self._runner.attempt(verdict.serial))
         self._last = handle
         try:
-            snapshot = self._stager.stage(layout.sources, urgent(layout, capture, self._runner.mutable))
+            snapshot = self._stager.stage(layout.sources, layout.at_once)
             self._snapshot = snapshot
             handle.watch(snapshot.sight)
             agreed, trace = self._planner.agreement(), self._losses.since(self._runner.committed_step)

@@ -118,7 +118,7 @@ class Chair:
         self, step: int, reports: Sequence[Report], last: SaveHandle | None, *, wanted: bool, told: bool, now: float
     ) -> Verdict:
         verdict = Verdict(replan=any(r.replan for r in reports), told=told)
-        self._count(last)
+        self._count(step, last)
         single = self._step_log.wants() and (last is None or last.finished)
         if self.cadence.due(step, now) or wanted or single:
             self.cadence.took(step, now)
@@ -132,14 +132,13 @@ class Chair:
             verdict.next_meeting = step + 1
         return verdict
 
-    def _count(self, last: SaveHandle | None) -> None:
+    def _count(self, step: int, last: SaveHandle | None) -> None:
         """Learn from a save that was committed since the last meeting."""
         if last is None or last is self._counted or not last.committed or not last.stats.state_bytes:
             return
         self._counted = last
-        seconds, step_s = last.stats.committed_s, self.cadence.step_s
-        in_time = seconds is None or step_s is None or seconds < step_s
-        self._step_log.came_out(last.step, last.stats.new_bytes / last.stats.state_bytes, in_time=in_time)
+        ratio = last.stats.new_bytes / last.stats.state_bytes
+        self._step_log.came_out(last.step, ratio, in_time=step <= last.step + 1)
 
     def _skip(self, step: int, last: SaveHandle) -> None:
         self.skipped += 1

@@ -77,7 +77,7 @@ class Side:
 
     def lay_out(self, sources: Sequence[torch.Tensor], specs: Specs) -> None:
         """Slots and destination views, kept while dtypes and shapes (``specs``) stay the same."""
-        if specs == self._specs and self.copies:
+        if self.copies and (specs is self._specs or specs == self._specs):
             return
         slots, at = [], 0
         for t in sources:

@@ -33,6 +33,9 @@ class Layout:
     """The tensor that each source belongs to."""
     scalars: dict[tuple[str, str], int] = field(default_factory=dict)
     """(rule, hyper-parameter) -> the source that holds it, for those that are tensors."""
+    at_once: list[bool] = field(default_factory=list)
+    """Per source: whether it must be copied before the call returns. The same list object as long as all layouts of
+    sources are alike: what staging prepared for it still fits."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Planner:
         self._sources: tuple[Tensors, ...] = ()
         self._bound: Layout | None = None
         self._local: tuple[list[tuple[str, torch.dtype, torch.Size]], Layout] | None = None
+        self._urgent: tuple[Layout, tuple[object, ...], list[bool]] | None = None
         self.agreed: Agreement | None = None
 
     def agreement(self) -> Agreement:
@@ -108,8 +112,13 @@ class Planner:
         answers[0] |= {"all": digests, "state_bytes": size}
         return [msgspec.msgpack.encode(a) for a in answers]
 
-    def lay_out(self, capture: Capture) -> Layout:
-        """Bind the agreed plan, and this rank's own tensors behind it, to live tensors."""
+    def lay_out(self, capture: Capture, mutable: Collection[str] = ()) -> Layout:
+        """Bind the agreed plan, and this rank's own tensors behind it, to live tensors.
+
+        Args:
+            capture: the cut.
+            mutable: further tensors that may change before the next optimizer step.
+        """
         for fqn, tensor in capture.local.items():
             check_dense(fqn, tensor)
         specs = [(fqn, t.dtype, t.shape) for fqn, t in capture.local.items()]
@@ -131,7 +140,15 @@ class Planner:
             scalars[rule, key] = len(sources)
             sources.append(local_tensor(tensor.detach()))
             names.append(f"{rule}.{key}")
-        return Layout(kept.items, sources, names, scalars)
+        return Layout(kept.items, sources, names, scalars, self._at_once(kept, names, capture, mutable))
+
+    def _at_once(self, kept: Layout, names: list[str], capture: Capture, mutable: Collection[str]) -> list[bool]:
+        """What must be copied at once, worked out again only if one of the things that it depends on has changed."""
+        state = (len(names), capture.at_once, capture.local.keys(), set(mutable))
+        if self._urgent is None or self._urgent[0] is not kept or self._urgent[1] != state:
+            early = [n in capture.at_once or n in capture.local or n in mutable for n in names]
+            self._urgent = (kept, state, early)
+        return self._urgent[2]
 
     def _bind(self, capture: Capture, agreed: Agreement) -> Layout:
         """Rows of live shards, each storage once however many names it has."""
@@ -192,8 +209,3 @@ def _items(shards: Sequence[Shard], pieces: Sequence[Piece]) -> list[Item]:
 
 def _digest(shards: Sequence[Shard], pieces: Sequence[Piece]) -> str:
     return plan_digest((i.fqn, i.dtype, i.shape, i.box) for i in _items(shards, pieces))
-
-
-def urgent(layout: Layout, capture: Capture, mutable: Collection[str]) -> list[bool]:
-    """Per source: whether it must be copied before the call returns."""
-    return [n in capture.at_once or n in capture.local or n in mutable for n in layout.names]

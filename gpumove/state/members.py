@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -69,13 +70,22 @@ class Member(Protocol):
         """Take over values, after all tensors were filled. ``tensors`` are those that no target was given for."""
 
 
-Signature: TypeAlias = list[tuple[int, int, torch.Size, tuple[int, ...], torch.dtype]]
+Signature: TypeAlias = tuple[list[Any], ...]
 
 
 def signature(tensors: Iterable[torch.Tensor]) -> Signature:
-    """Identity, address and view of tensors: if equal, references taken earlier are still the live ones."""
-    locals_now = [(id(t), local_tensor(t)) for t in tensors]
-    return [(name, t.data_ptr(), t.shape, t.stride(), t.dtype) for name, t in locals_now]
+    """Identity, address and view of tensors: if equal, references taken earlier are still the live ones.
+
+    Lists of plain values: a tuple per tensor would set off the garbage collector at every tenth save of a large model,
+    which takes ten times as long as all of this.
+    """
+    given = list(tensors)
+    there = [local_tensor(t) if isinstance(t, DTensor) else t for t in given]
+    looks = (torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.stride, _DTYPE)
+    return ([*map(id, given)], *([*map(look, there)] for look in looks))
+
+
+_DTYPE = attrgetter("dtype")
 
 
 class ModelMember:

@@ -72,8 +72,9 @@ class OptimizerMember:
     def _state(self) -> Live:
         """The state part of :meth:`live`, read again only if a tensor is another one or has moved."""
         values = [v for entries in self.optimizer.state.values() for v in entries.values()]
-        present = signature(v for v in values if isinstance(v, torch.Tensor))
-        if present != self._signature or len(present) != len(values):
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        present = signature(tensors)
+        if present != self._signature or len(tensors) != len(values):
             self._cached, self._signature = self._read_state(), present
         return self._cached
 

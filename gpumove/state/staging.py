@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -131,7 +131,7 @@ class Stager:
         self._kept: Snapshot | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._watch = Watch()
-        self._specs: Specs = []
+        self._order: _Order | None = None
         self._where: dict[int, memoryview] = {}
         """Where the newest copy of each source lies."""
         self._hook = register_optimizer_step_pre_hook(self._before_step)
@@ -178,21 +178,17 @@ class Stager:
         """
         number = 1 - self._kept.side if self._kept is not None else 0
         side = self._sides[number]
-        specs = [(t.dtype, t.shape) for t in sources]
-        side.lay_out(sources, specs)
-        if specs != self._specs:
-            self._watch.forget()
-            self._specs = specs
+        order = self._order_of(sources, at_once)
+        side.lay_out(sources, order.specs)
         snapshot = Snapshot(side.slots, side.arena.reserve(0, pin=False), number)
-        now = [i for i, t in enumerate(sources) if not t.is_cuda and (at_once[i] or not self._overlap or _small(t))]
-        later = sorted(set(range(len(sources))) - set(now))
-        looked = [i for i in later if i in self._watch.candidates and not at_once[i]]
-        work = _Work(snapshot, side.copies, sources, at_once, sorted(set(later) - set(looked)), looked)
-        self._copy(work, now)
-        snapshot._watched = _versions(sources, [i for i in later if not at_once[i]])
+        looked = [i for i in order.watched if i in self._watch.candidates] if self._watch.candidates else []
+        copied = sorted(set(order.later) - set(looked)) if looked else order.later
+        work = _Work(snapshot, side.copies, sources, at_once, copied, looked)
+        self._copy(work, order.now)
+        snapshot._watched = [(i, sources[i], sources[i]._version) for i in order.watched]
         self._enqueue(work, [i for i in work.copied if sources[i].is_cuda])
         work.marks = [self._mark(sources[i]) if sources[i].is_cuda else None for i in looked]
-        if not later:
+        if not order.later:
             snapshot._finish(None)
         else:
             threading.Thread(target=self._complete, args=(work,), name="gpumove-stage", daemon=True).start()
@@ -201,6 +197,19 @@ class Stager:
         snapshot.sight()
         self._current = snapshot  # last: an optimizer must never wait for a copy that did not begin
         return snapshot
+
+    def _order_of(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool]) -> _Order:
+        """What is copied when; kept while the caller hands out the same list of what is to be copied at once."""
+        if self._order is not None and self._order.at_once is at_once and len(self._order.specs) == len(sources):
+            return self._order
+        specs = [(t.dtype, t.shape) for t in sources]
+        if self._order is None or self._order.specs != specs:
+            self._watch.forget()
+        now = [i for i, t in enumerate(sources) if not t.is_cuda and (at_once[i] or not self._overlap or _small(t))]
+        later = sorted(set(range(len(sources))) - set(now))
+        watched = [i for i in later if not at_once[i] and not sources[i].is_inference()]
+        self._order = _Order(at_once, specs, now, later, watched)
+        return self._order
 
     def _copy(self, work: _Work, which: Sequence[int]) -> None:
         # _foreach_copy_ releases the GIL for the whole list; untyped_storage().copy_() would hold it.
@@ -270,6 +279,16 @@ class Stager:
             side.release()
 
 
+class _Order(NamedTuple):
+    """Which sources are copied before ``stage`` returns and which later; of the latter, whose changes can be seen."""
+
+    at_once: Sequence[bool]
+    specs: Specs
+    now: list[int]
+    later: list[int]
+    watched: list[int]
+
+
 @dataclass
 class _Work:
     """One snapshot in the making: ``copied`` are copied later in any case, ``looked`` only if they changed."""
@@ -287,7 +306,3 @@ class _Work:
 def _small(tensor: torch.Tensor) -> bool:
     """Scalars such as step counters: copying them now is cheaper than watching them."""
     return tensor.numel() <= 16
-
-
-def _versions(sources: Sequence[torch.Tensor], which: Sequence[int]) -> list[tuple[int, torch.Tensor, int]]:
-    return [(i, sources[i], sources[i]._version) for i in which if not sources[i].is_inference()]
