@@ -28,7 +28,8 @@ from gpumove.runner import Runner, Staged
 from gpumove.state.capture import Capture, Job, Targets
 from gpumove.state.layout import Planner
 from gpumove.state.peers import Peers
-from gpumove.state.staging import Snapshot, Stager
+from gpumove.state.snapshot import Snapshot
+from gpumove.state.staging import Stager
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 

@@ -30,7 +30,8 @@ from gpumove.state.arena import staged_bytes
 from gpumove.state.capture import Capture
 from gpumove.state.families import settled
 from gpumove.state.layout import Agreement, Layout
-from gpumove.state.staging import Snapshot, Stager
+from gpumove.state.snapshot import Snapshot
+from gpumove.state.staging import Stager
 from gpumove.store.gc import Retention, collect
 from gpumove.store.log import Log
 from gpumove.store.records import reachable

@@ -30,7 +30,7 @@ LAYERS = [
     [
         "state.values", "state.rng", "state.peers", "state.families", "state.plan", "state.members",
         "state.optimizer", "state.capture",
-        "state.layout", "state.arena", "state.unchanged", "state.staging", "state.loader",
+        "state.layout", "state.arena", "state.unchanged", "state.snapshot", "state.staging", "state.loader",
     ],
     [
         "ranges", "fetch", "save.chunks", "save.predecessor", "save.pace", "save.chain", "save.assemble", "save.units",

@@ -12,7 +12,6 @@ two, used in turn.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,105 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from gpumove.errors import ConfigError
 from gpumove.state.arena import Side, Specs, staged_bytes
+from gpumove.state.snapshot import Snapshot
 from gpumove.state.unchanged import Fingerprint, Watch, fingerprint
-
-
-class Snapshot:
-    """A consistent copy in the making. ``view(i)`` is source i's bytes, row-major, after ``wait()``."""
-
-    def __init__(self, slots: Sequence[tuple[int, int]], arena: torch.Tensor, side: int) -> None:
-        self._slots, self.side = slots, side
-        self._memory = memoryview(arena.numpy())  # type: ignore[arg-type]
-        self._done = threading.Event()
-        self._error: BaseException | None = None
-        self._on_host = threading.Event()
-        self._events: list[tuple[torch.device, torch.cuda.Event]] = []
-        self._watched: list[tuple[int, torch.Tensor, int]] = []
-        self._comparing = threading.Lock()
-        self._thread = threading.get_ident()
-        self._sighted = threading.Event()
-        self._unchanged: dict[int, memoryview] = {}
-        """Sources that were not copied, because an older copy has the same bytes."""
-        self.changed: list[int] = []
-        """Sources that were changed while they were copied; filled by ``wait``."""
-        self.nbytes = sum(n for _, n in slots)
-        self.fence_s = 0.0
-        """Seconds that optimizer steps waited for this snapshot."""
-
-    @property
-    def done(self) -> bool:
-        """Whether the copy is complete."""
-        return self._done.is_set()
-
-    def wait(self) -> None:
-        """Wait until the copy is complete.
-
-        Raises:
-            ConfigError: the training code changed a source meanwhile (code ``config.torn``).
-        """
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        self._check_changed()
-
-    def sight(self) -> None:
-        """The training thread is here, so it is in no operation, and all that it has changed so far can be seen.
-
-        torch raises a tensor's version when an operation ends: while one runs, a comparison elsewhere sees nothing.
-        """
-        if not self._sighted.is_set() and threading.get_ident() == self._thread:
-            self._compare()
-            if self._done.is_set():
-                self._sighted.set()
-
-    def confirm(self, timeout_s: float) -> None:
-        """Wait until the training thread was seen after the copy, or for ``timeout_s``, and compare for the last time.
-
-        Raises:
-            ConfigError: the training code changed a source during the copy (code ``config.torn``).
-        """
-        if not self._sighted.wait(timeout_s):
-            self._compare()
-        self._check_changed()
-
-    def _check_changed(self) -> None:
-        if self.changed:
-            raise ConfigError("tensors changed while they were copied", code="config.torn")
-
-    def view(self, index: int) -> memoryview:
-        """The bytes of one source."""
-        if (kept := self._unchanged.get(index)) is not None:
-            return kept
-        start, nbytes = self._slots[index]
-        return self._memory[start : start + nbytes]
-
-    def fence(self) -> None:
-        """Called before an optimizer changes anything: the host waits for host copies, the stream for device ones."""
-        if self._sighted.is_set():
-            return
-        began = time.perf_counter()
-        self._on_host.wait()
-        self._compare()
-        self._sighted.set()  # versions that the optimizer raises from here on are no damage
-        for device, event in self._events:
-            # What the host enqueues from here on runs behind the copy: the host itself need not wait for it.
-            torch.cuda.current_stream(device).wait_event(event)
-        self.fence_s += time.perf_counter() - began
-
-    def _compare(self) -> None:
-        """Note what was changed under the copy, unless an optimizer may have done it since."""
-        with self._comparing:
-            if not self._sighted.is_set():
-                found = {i for i, t, version in self._watched if t._version != version}
-                self.changed += sorted(found - set(self.changed))
-
-    def _finish(self, error: BaseException | None) -> None:
-        self._compare()
-        self._error = error
-        self._on_host.set()
-        self._done.set()
 
 
 class Stager:
