@@ -320,10 +320,10 @@ class Checkpointer:
                 self._runner.prepare(layout.sources)
             return
         self._runner.settle(self._last, abandon=True)
-        handle = SaveHandle(step, self._runner.attempt(verdict.serial))
+        handle = SaveHandle(step, self._runner.attempt(verdict.serial), traced=self.config.trace_dir is not None)
         self._last = handle
         try:
-            snapshot = self._stager.stage(layout.sources, layout.at_once)
+            snapshot = self._stager.stage(layout.sources, layout.at_once, handle.trace)
             self._snapshot = snapshot
             handle.watch(snapshot.sight)
             agreed, trace = self._planner.agreement(), self._losses.since(self._runner.committed_step)
@@ -332,7 +332,7 @@ class Checkpointer:
             self._runner.fail(handle, error)
             handle.mark_seen()
             raise
-        handle.stats.stall_s += time.perf_counter() - began
+        handle.mark_called(began)
 
     def _look(self, step: int) -> tuple[Capture | Exception, Report]:
         """The cut. A failure is told at the meeting: the other ranks must not wait for this one."""

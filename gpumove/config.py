@@ -48,6 +48,8 @@ class Config:
     """``"auto"``: with ``every_steps`` from 2 to 8, save at every step where that was measured to send less."""
     skip_unchanged: bool = False
     """Look for unchanged tensors before they are copied. For jobs that train a small part of a model."""
+    trace_dir: str | None = None
+    """A local folder that gets one trace of every save and rank: what ran when, for chrome://tracing or Perfetto."""
     overlap: bool = True
     """Copy beside forward and backward, waited for before the next optimizer step. ``False`` copies at once."""
     budget_bytes: int = 256 * _MIB

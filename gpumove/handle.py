@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpumove.errors import StoreError
 from gpumove.format.manifest import Checkpoint
+from gpumove.tracing import Trace
 
 
 @dataclass
@@ -47,9 +49,9 @@ class SaveHandle:
     committed (the checkpoint exists). ``error`` is set instead if it failed.
     """
 
-    def __init__(self, step: int, attempt: str) -> None:
+    def __init__(self, step: int, attempt: str, *, traced: bool = False) -> None:
         self.step, self.attempt = step, attempt
-        self.stats = SaveStats()
+        self.stats, self.trace = SaveStats(), Trace(on=traced)
         self.error: BaseException | None = None
         self.cancelled = threading.Event()
         self._staged, self._uploaded, self._finished = threading.Event(), threading.Event(), threading.Event()
@@ -148,6 +150,12 @@ class SaveHandle:
     def mark_seen(self) -> None:
         """The error was raised in the training thread."""
         self._seen = True
+
+    def mark_called(self, began: float) -> None:
+        """The call that began the save returns now; it was made at ``began``."""
+        ended = time.perf_counter()
+        self.trace.add("call", began, ended)
+        self.stats.stall_s += ended - began
 
     def mark_staged(self, seconds: float) -> None:
         """The copy is complete."""

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,8 +148,19 @@ class Runner:
             handle.finish(error)
             say_failure(self._log_book.store, handle.attempt, self._rank, error)
             return
+        finally:
+            self._write_trace(handle)
         if self._rank == 0:
             self._retain()
+
+    def _write_trace(self, handle: SaveHandle) -> None:
+        if self._config.trace_dir is None:
+            return
+        name = f"step-{handle.step:010d}-{handle.attempt}-rank-{self._rank:06d}.json"
+        try:
+            handle.trace.write(Path(self._config.trace_dir) / name, rank=self._rank)
+        except OSError as error:  # a trace is for people: it never costs a save
+            _log.warning("the trace of step %d could not be written: %s", handle.step, error)
 
     def fail(self, handle: SaveHandle, error: BaseException) -> None:
         """A save that did not get as far as the background: end it, and leave word for the committer."""
@@ -168,6 +180,7 @@ class Runner:
             values={**shared, **staged.capture.own},
             rules=settled(staged.capture.rules, staged.layout.scalars, staged.snapshot.view),
             keep=self.keeps(staged.snapshot.nbytes),
+            trace=staged.handle.trace,
             cancelled=staged.handle.cancelled,
             confirm=lambda: self._whole(staged, lambda: staged.snapshot.confirm(_SIGHT_S)),
         )
@@ -211,8 +224,11 @@ class Runner:
             trace=[(step, _number(loss)) for step, loss in staged.trace],
             pinned=staged.pinned,
         )
-        parts = wait_for_parts(self._log_book, order, timeout_s=self._config.peer_s, cancelled=staged.handle.cancelled)
-        entry = commit(self._log_book, order, parts)
+        trace, cancelled = staged.handle.trace, staged.handle.cancelled
+        with trace.span("wait for parts"):
+            parts = wait_for_parts(self._log_book, order, timeout_s=self._config.peer_s, cancelled=cancelled)
+        with trace.span("commit"):
+            entry = commit(self._log_book, order, parts)
         self.committed_step = entry.step
         return entry
 

@@ -17,7 +17,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 # The order of the list is the order of the layers: a module imports only from those above it.
 LAYERS = [
-    ["version", "errors", "config", "budget", "memory", "environment"],
+    ["version", "errors", "config", "budget", "memory", "tracing", "environment"],
     [
         "format.native", "format.kernels", "format.arithmetic", "format.entropy", "format.lanes", "format.layouts",
         "format.planes", "format.predict", "format.differences", "format.codec", "format.dtypes", "format.rules",

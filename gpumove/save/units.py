@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from gpumove.config import Config
 from gpumove.errors import IntegrityError
 from gpumove.format.codec import Buffer, digest
 from gpumove.format.coding import Coded, Coder
@@ -19,6 +19,7 @@ from gpumove.save.pace import Pace
 from gpumove.save.predecessor import OnDisk, Predecessor
 from gpumove.state.families import Kin
 from gpumove.state.plan import Item
+from gpumove.tracing import Trace
 
 _SMALL_BYTES = 1 << 20
 """Looking at a unit costs as much as coding a megabyte or so."""
@@ -31,45 +32,28 @@ class Answer(NamedTuple):
     data: Buffer | None
 
 
+@dataclass(frozen=True)
+class Material:
+    """What the units of one save are coded from: what is to be written, and what was written last."""
+
+    items: Sequence[Item]
+    pieces: Cut
+    snapshot: Bytes
+    before: Predecessor
+    rules: Mapping[str, Mapping[str, float]]
+    disk: OnDisk | None
+    trace: Trace
+
+
 class UnitCoder:
-    """Lasts as long as the writer: remembers how chains and rates turned out."""
-
-    def __init__(self, config: Config, pace: Pace) -> None:
-        self._pace = pace
-        self._chain = Chain(max_chain=config.max_chain, max_amplification=config.max_restore_amplification)
-
-    def of_save(
-        self,
-        items: Sequence[Item],
-        pieces: Cut,
-        snapshot: Bytes,
-        before: Predecessor,
-        rules: Mapping[str, Mapping[str, float]],
-        disk: OnDisk | None,
-    ) -> _Save:
-        """What codes the units of one save."""
-        self._chain.begin()
-        return _Save(self._chain, self._pace, items, pieces, snapshot, before, rules, disk)
-
-
-class _Save:
     """Codes the units of one save, from several threads."""
 
-    def __init__(
-        self,
-        chain: Chain,
-        pace: Pace,
-        items: Sequence[Item],
-        pieces: Cut,
-        snapshot: Bytes,
-        before: Predecessor,
-        rules: Mapping[str, Mapping[str, float]],
-        disk: OnDisk | None,
-    ) -> None:
-        self._chain, self._pace, self._items, self._pieces = chain, pace, items, pieces
-        self._snapshot, self._before, self._disk = snapshot, before, disk
+    def __init__(self, material: Material, chain: Chain, pace: Pace) -> None:
+        self._chain, self._pace, self._trace = chain, pace, material.trace
+        self._items, self._pieces, self._snapshot = material.items, material.pieces, material.snapshot
+        self._before, self._disk = material.before, material.disk
         self._coder = Coder()
-        self._rules = {name: _rule(before.rules.get(name), now) for name, now in rules.items()}
+        self._rules = {name: _rule(material.before.rules.get(name), now) for name, now in material.rules.items()}
 
     def code(self, unit: list[int]) -> list[Answer]:
         """Code one unit."""
@@ -78,7 +62,8 @@ class _Save:
         for task, view in zip(tasks, data):
             if len(view) != task.nbytes:
                 raise IntegrityError(f"the copy of {task.key.fqn} has {len(view)} bytes, its box {task.nbytes}")
-        digests = [digest(view) for view in data]
+        with self._trace.span("digest"):
+            digests = [digest(view) for view in data]
         if self._disk is not None:
             for task, view in zip(tasks, data):
                 self._disk.put(task.key, view)
@@ -113,7 +98,9 @@ class _Save:
         coded = self._coder.encode(fields, self._rules.get(rule), key=key)
         raw = sum(len(v) for v, same in zip(data, clean) if not same)
         stored = sum(len(c.stored) for c in coded if c is not None)
-        self._pace.coded(raw, stored, time.perf_counter() - began)
+        ended = time.perf_counter()
+        self._trace.add("code", began, ended, nbytes=raw, stored=stored)
+        self._pace.coded(raw, stored, ended - began)
         if any(b is not None for b in bases):
             self._chain.came_out(rule, raw, stored)
         return coded

@@ -29,12 +29,14 @@ from gpumove.format.manifest import FORMAT, Pack
 from gpumove.format.manifest import encode as to_json
 from gpumove.format.pack import PackItem, box_name, build
 from gpumove.save.assemble import Heading, Placement, Written, assemble
+from gpumove.save.chain import Chain
 from gpumove.save.chunks import Bytes, Cut, Task, cut
 from gpumove.save.pace import Pace
 from gpumove.save.predecessor import InMemory, OnDisk, Predecessor
-from gpumove.save.units import Answer, UnitCoder
+from gpumove.save.units import Answer, Material, UnitCoder
 from gpumove.state.plan import Item
 from gpumove.store.objects import Store
+from gpumove.tracing import Trace
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Request:
     values: dict[str, Any]
     rules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     keep: bool = False
+    trace: Trace = field(default_factory=lambda: Trace(on=False))
     cancelled: threading.Event = field(default_factory=threading.Event)
     confirm: Callable[[], None] = lambda: None
     """Raises if the snapshot turns out not to be whole; called when all else is written."""
@@ -102,7 +105,7 @@ class PartWriter:
         self._workers = ThreadPoolExecutor(config.workers, thread_name_prefix="gpumove-encode")
         self._uploads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="gpumove-put")
         self._pace = Pace(always=config.codec == "small", never=config.codec == "raw", threads=config.workers)
-        self._units = UnitCoder(config, self._pace)
+        self._chain = Chain(max_chain=config.max_chain, max_amplification=config.max_restore_amplification)
         self._predecessor = Predecessor()
         self._counting = threading.Lock()
         self._cached: tuple[Sequence[Item], Cut] | None = None
@@ -136,14 +139,17 @@ class PartWriter:
             heading = Heading(
                 request.run, request.attempt, request.rank, request.world_size, request.step, request.values
             )
-            part, table = assemble(heading, request.items, pieces, written, snapshot)
-            data = to_json(part)
+            with request.trace.span("assemble"):
+                part, table = assemble(heading, request.items, pieces, written, snapshot)
+                data = to_json(part)
             key = keys.part_key(
                 request.attempt, rank=request.rank, digest=digest(data), plan=request.plan, new_bytes=stats.new_bytes
             )
             request.check()
-            request.confirm()
-            self._store.put(key, data)
+            with request.trace.span("confirm"):
+                request.confirm()
+            with request.trace.span("put part", nbytes=len(data)):
+                self._store.put(key, data)
         except BaseException:
             if disk is not None:
                 disk.close()
@@ -188,6 +194,7 @@ class PartWriter:
                 _raise_first(puts)
 
         self._pace.begin()
+        self._chain.begin()
         changed: set[int] = set()
         try:
             for index, answer in self._coded(request, pieces, snapshot, disk):
@@ -217,7 +224,9 @@ class PartWriter:
     ) -> Iterator[tuple[int, Answer]]:
         """Outcomes in the order of batches, computed a few batches ahead."""
         waiting: deque[tuple[list[list[int]], Future[list[list[Answer]]]]] = deque()
-        coder = self._units.of_save(request.items, pieces, snapshot, self._predecessor, request.rules, disk)
+        before = self._predecessor
+        material = Material(request.items, pieces, snapshot, before, request.rules, disk, request.trace)
+        coder = UnitCoder(material, self._chain, self._pace)
 
         def code(batch: list[list[int]]) -> list[list[Answer]]:
             request.check()
@@ -248,9 +257,11 @@ class PartWriter:
         self._pace.put_begins()
         try:
             request.check()
-            image = build(full.items)
+            with request.trace.span("pack", nbytes=full.nbytes):
+                image = build(full.items)
             pack = Pack(request.attempt, image.digest, image.nbytes)
-            self._store.put(pack.key, image.buffers)
+            with request.trace.span("put", nbytes=image.nbytes):
+                self._store.put(pack.key, image.buffers)
             sent = image.nbytes
         finally:
             self._pace.put_ends(sent)

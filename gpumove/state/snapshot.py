@@ -9,13 +9,14 @@ from collections.abc import Sequence
 import torch
 
 from gpumove.errors import ConfigError
+from gpumove.tracing import Trace
 
 
 class Snapshot:
     """A consistent copy in the making. ``view(i)`` is source i's bytes, row-major, after ``wait()``."""
 
-    def __init__(self, slots: Sequence[tuple[int, int]], arena: torch.Tensor, side: int) -> None:
-        self._slots, self.side = slots, side
+    def __init__(self, slots: Sequence[tuple[int, int]], arena: torch.Tensor, side: int, trace: Trace) -> None:
+        self._slots, self.side, self.trace = slots, side, trace
         self._memory = memoryview(arena.numpy())  # type: ignore[arg-type]
         self._done = threading.Event()
         self._error: BaseException | None = None
@@ -91,7 +92,9 @@ class Snapshot:
         for device, event in self._events:
             # What the host enqueues from here on runs behind the copy: the host itself need not wait for it.
             torch.cuda.current_stream(device).wait_event(event)
-        self.fence_s += time.perf_counter() - began
+        ended = time.perf_counter()
+        self.trace.add("optimizer waits", began, ended)
+        self.fence_s += ended - began
 
     def _compare(self) -> None:
         """Note what was changed under the copy, unless an optimizer may have done it since."""

@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from gpumove.state.arena import Side, Specs, staged_bytes
 from gpumove.state.snapshot import Snapshot
 from gpumove.state.unchanged import Fingerprint, Watch, fingerprint
+from gpumove.tracing import Trace
 
 
 class Stager:
@@ -72,18 +73,19 @@ class Stager:
         for number in {0, 1 if both else 0} - used:
             self._sides[number].prepare(nbytes, pin=any(t.is_cuda for t in sources))
 
-    def stage(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool]) -> Snapshot:
+    def stage(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool], trace: Trace | None = None) -> Snapshot:
         """Begin a snapshot and return; it completes in the background.
 
         Args:
             sources: local tensors on any device.
             at_once: per source, whether it may change before the next optimizer step.
+            trace: gets what the copy took.
         """
         number = 1 - self._kept.side if self._kept is not None else 0
         side = self._sides[number]
         order = self._order_of(sources, at_once)
         side.lay_out(sources, order.specs)
-        snapshot = Snapshot(side.slots, side.arena.reserve(0, pin=False), number)
+        snapshot = Snapshot(side.slots, side.arena.reserve(0, pin=False), number, trace or Trace(on=False))
         looked = [i for i in order.watched if i in self._watch.candidates] if self._watch.candidates else []
         copied = sorted(set(order.later) - set(looked)) if looked else order.later
         work = _Work(snapshot, side.copies, sources, at_once, copied, looked)
@@ -152,13 +154,14 @@ class Stager:
         snapshot, error = work.snapshot, None
         try:
             # Candidates first: until it is known which of them are copied, an optimizer has to wait on the host.
-            changed = self._look(work)
-            self._enqueue(work, [i for i in changed if work.sources[i].is_cuda])
-            self._copy(work, [i for i in (*work.copied, *changed) if not work.sources[i].is_cuda])
-            self._where.update((i, snapshot.view(i)) for i in range(len(work.sources)))
-            snapshot._on_host.set()
-            for _, event in snapshot._events:
-                event.synchronize()
+            with snapshot.trace.span("copy"):
+                changed = self._look(work)
+                self._enqueue(work, [i for i in changed if work.sources[i].is_cuda])
+                self._copy(work, [i for i in (*work.copied, *changed) if not work.sources[i].is_cuda])
+                self._where.update((i, snapshot.view(i)) for i in range(len(work.sources)))
+                snapshot._on_host.set()
+                for _, event in snapshot._events:
+                    event.synchronize()
         except BaseException as failure:  # noqa: BLE001 - handed to whoever waits
             error = failure
         work.keep.clear()
