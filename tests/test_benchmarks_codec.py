@@ -67,6 +67,6 @@ def test_other_bytes_are_noticed() -> None:
 def test_a_save_at_every_step_comes_back(tmp_path: Path, settings: str) -> None:
     options = ["--tiny", "--steps", "4", "--turn", "2", "--stores", "file", "--restores", "1"]
     assert steps.main([*options, "--settings", settings, "--out", str(tmp_path)]) == 0
-    (runs,) = json.loads((tmp_path / "steps.json").read_text())["stores"].values()
+    (runs,) = json.loads((tmp_path / "steps_tiny.json").read_text())["stores"].values()
     assert all(len(run["new_bytes"]) == 4 and all(run["restored"].values()) for run in runs)
     assert not list(tmp_path.glob("scratch-*"))

@@ -1,0 +1,1 @@
+"""The parts of benchmarks.codecs: text, model, regimes, states on disk, codecs, timing, targets."""
