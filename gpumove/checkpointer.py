@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gpumove.config import Config
-from gpumove.errors import ConfigError, GpumoveError, LayoutError, StoreError, describe, rebuild
+from gpumove.errors import ConfigError, GpumoveError, StoreError, describe, rebuild
 from gpumove.format.manifest import Checkpoint
 from gpumove.handle import SaveHandle
 from gpumove.losses import Losses
@@ -26,12 +26,13 @@ from gpumove.meeting import Chair, Claimed, Report, Verdict
 from gpumove.restore import Contents, fill, read_contents, try_newest
 from gpumove.runner import Runner, Staged
 from gpumove.state.capture import Capture, Job, Targets
-from gpumove.state.layout import Planner
+from gpumove.state.layout import Layout, Planner
 from gpumove.state.peers import Peers
 from gpumove.state.snapshot import Snapshot
 from gpumove.state.staging import Stager
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
+from gpumove.tracing import Trace
 
 _log = logging.getLogger("gpumove")
 
@@ -184,6 +185,8 @@ class Checkpointer:
         if answer.error is not None:
             raise rebuild(answer.error)
         self._log.adopt(answer.run, answer.epoch)
+        # What this process wrote in an older epoch may be of an attempt that is dead now: gc may take it at any time.
+        self._runner.take_predecessor({})
         self._claimed = True
         return answer.candidates
 
@@ -232,14 +235,19 @@ class Checkpointer:
         self._runner.take_predecessor(table)
         if not self.config.delta or self.config.codec == "raw":
             return
-        capture = self._peers.agree("the cut after the restore", self._job.capture)
         try:
+            capture = self._peers.agree("the cut after the restore", self._job.capture)
             self._planner.agree(capture)
-        except (ConfigError, LayoutError):
-            return  # on all ranks alike. The first save says so; a job that only reads may go on
-        layout = self._planner.lay_out(capture, self._runner.mutable)
-        self._snapshot = self._stager.stage(layout.sources, layout.at_once)
+            layout, self._snapshot = self._peers.agree("the copy after the restore", partial(self._stage, capture))
+        except GpumoveError as error:
+            # On all ranks alike. If it lasts the first save says so; a job that only reads may go on.
+            _log.debug("the first save will not be a difference: %s", error)
+            return
         self._runner.follow_on(table, self._snapshot, layout, capture)
+
+    def _stage(self, capture: Capture, trace: Trace | None = None) -> tuple[Layout, Snapshot]:
+        layout = self._planner.lay_out(capture, self._runner.mutable)
+        return layout, self._stager.stage(layout.sources, layout.at_once, trace)
 
     # ---------------------------------------------------------------- save
 
@@ -320,8 +328,7 @@ class Checkpointer:
                 self._runner.prepare(layout.sources)
             return
         self._runner.settle(self._last, abandon=True)
-        handle = SaveHandle(step, self._runner.attempt(verdict.serial), traced=self.config.trace_dir is not None)
-        self._last = handle
+        handle = self._last = self._runner.begin(step, verdict.serial)
         try:
             snapshot = self._stager.stage(layout.sources, layout.at_once, handle.trace)
             self._snapshot = snapshot

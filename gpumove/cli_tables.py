@@ -163,7 +163,7 @@ def show_detail(screen: Screen, data: Detail) -> None:
         "checkpoint": f"step {data.step}, entry {data.entry}{', pinned' if data.pinned else ''}",
         "written": f"{when}, epoch {data.epoch}, attempt {data.attempt}, {_say_count(data.world_size, 'rank')}",
         "state": f"{size(data.state_bytes)}, stored in {size(data.stored_bytes)}",
-        "sent": f"{size(data.new_bytes)} of packs; {size(data.older_stored_bytes)} are referred to in older attempts",
+        "sent": f"{size(data.new_bytes)} of packs; {size(data.older_stored_bytes)} unchanged lie in older ones",
         "restore": f"fetches {size(data.restore_bytes)}, through up to {_say_count(data.chain, 'earlier save')}",
         "values": ", ".join(data.values) or "none",
         "losses": _say_trace(data),

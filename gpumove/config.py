@@ -21,7 +21,7 @@ class Config:
     Cadence: a save is due every ``every_steps`` steps or ``every_s`` seconds, whichever comes first; ``None`` turns
     one off, and with both off only explicit ``save()`` calls write.
 
-    Memory: a save holds one staged copy of the rank's state plus at most ``budget_bytes``.
+    Memory: two staged copies of the rank's state (one if there is no room or no ``delta``) plus ``budget_bytes``.
     """
 
     every_steps: int | None = None
@@ -103,9 +103,10 @@ class Config:
 
     @staticmethod
     def ranks_here() -> int:
-        """Ranks that share this machine, as torchrun says; 1 if nobody does."""
-        found = os.environ.get("LOCAL_WORLD_SIZE", "")
-        return max(1, int(found)) if found.isdigit() else 1
+        """Ranks that share this machine, as torchrun, MPI or Slurm says; 1 if nobody does."""
+        names = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
+        found = next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), "1")
+        return max(1, int(found))
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, checked again."""

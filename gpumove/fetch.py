@@ -11,7 +11,7 @@ import binascii
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from gpumove.config import Config
 from gpumove.errors import GpumoveError, IntegrityError, ObjectNotFoundError
@@ -94,20 +94,24 @@ def fetch(
     widest = max((group.held_bytes for group in todo), default=1)
     threads = max(1, min(config.concurrency, config.budget_bytes // widest, len(todo)))
 
-    def work(group: Group) -> int:
-        return _Reader(store, group, buffers, failed).run()
+    # Two pools: a group's ranges are read side by side, or a chain would pay the store's latency for each of its links.
+    with (
+        ThreadPoolExecutor(config.concurrency, thread_name_prefix="gpumove-get") as reads,
+        ThreadPoolExecutor(threads, thread_name_prefix="gpumove-decode") as pool,
+    ):
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="gpumove-get") as pool:
+        def work(group: Group) -> int:
+            return _Reader(store, group, buffers, reads, failed).run()
+
         return sum(pool.map(work, todo))  # map() takes back what is still queued if one fails
 
 
-def read_span(store: Store, span: Span, *, buffers: Buffers) -> memoryview:
-    """Bytes of an object, in a buffer of this thread's.
+def read_span(store: Store, span: Span, out: memoryview) -> memoryview:
+    """Bytes of an object, in ``out`` or, if a call hung that may still write there, elsewhere.
 
     Raises:
         IntegrityError: it is missing or too short.
     """
-    out = buffers.take(span.stop - span.start)
     try:
         (got,) = store.get_ranges(span.key, [(span.start, span.stop)], [out])
     except ObjectNotFoundError as error:
@@ -119,9 +123,14 @@ class _Reader:
     """Reads and decodes one group in one thread."""
 
     def __init__(
-        self, store: Store, group: Group, buffers: Buffers, failed: Callable[[str, IntegrityError], None] | None
+        self,
+        store: Store,
+        group: Group,
+        buffers: Buffers,
+        reads: ThreadPoolExecutor,
+        failed: Callable[[str, IntegrityError], None] | None,
     ) -> None:
-        self._store, self._group, self._buffers, self._failed = store, group, buffers, failed
+        self._store, self._group, self._buffers, self._reads, self._failed = store, group, buffers, reads, failed
         self._spans: dict[str, list[tuple[Span, memoryview]]] = defaultdict(list)
         self._errors: dict[str, IntegrityError] = {}
         """By pack: why it could not be read."""
@@ -131,13 +140,7 @@ class _Reader:
     def run(self) -> int:
         """Read all, decode in order, hand over. Bytes read."""
         nodes = closure(self._group.nodes.values())
-        for span in spans(nodes.values()):
-            try:
-                self._spans[span.key].append((span, read_span(self._store, span, buffers=self._buffers)))
-            except IntegrityError as error:
-                if self._failed is None:
-                    raise
-                self._errors[span.key] = error
+        self._read(spans(nodes.values()))
         waiting = Counter(base.spot for node in nodes.values() for base in node.bases)
         for spot, node in nodes.items():
             self._decode(spot, node)
@@ -151,6 +154,19 @@ class _Reader:
         for _, data in read:
             self._buffers.give(data)
         return sum(span.stop - span.start for span, _ in read)
+
+    def _read(self, wanted: list[Span]) -> None:
+        """All ranges at once; none is left under way, whatever fails."""
+        outs = [self._buffers.take(span.stop - span.start) for span in wanted]
+        under_way = [self._reads.submit(read_span, self._store, span, out) for span, out in zip(wanted, outs)]
+        wait(under_way)
+        for span, future in zip(wanted, under_way):
+            try:
+                self._spans[span.key].append((span, future.result()))
+            except IntegrityError as error:
+                if self._failed is None:
+                    raise
+                self._errors[span.key] = error
 
     def _decode(self, spot: Spot, node: Stored) -> None:
         try:

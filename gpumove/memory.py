@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
 )
 
 
@@ -23,11 +27,14 @@ def _machine() -> int | None:
     return None
 
 
-def _group(limit: str, used: str) -> int | None:
+def _group(limit: str, used: str, stat: str) -> int | None:
+    """What a control group may still take; clean page cache counts as used there, and is given back when asked for."""
     most, now = _read(limit), _read(used)
     if most is None or now is None or not most.strip().isdigit():
         return None
-    return max(0, int(most) - int(now))
+    counts = dict(line.split() for line in (_read(stat) or "").splitlines())
+    cache = int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+    return max(0, int(most) - int(now) + cache)
 
 
 def _read(path: str) -> str | None:

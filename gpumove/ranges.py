@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -45,9 +45,18 @@ class Group:
 
     @property
     def held_bytes(self) -> int:
-        """Most bytes that reading and decoding it may hold."""
-        decoded = [n.nbytes for n in self.nodes.values()]
-        return self.stored_bytes + (sum(decoded) if any(n.bases for n in self.nodes.values()) else max(decoded))
+        """Most bytes that reading and decoding it holds: all that is read, and what is decoded and still needed."""
+        waiting = Counter(base.spot for node in self.nodes.values() for base in node.bases)
+        sizes: dict[Spot, int] = {}
+        peak = 0
+        for spot, node in closure(self.nodes.values()).items():
+            sizes[spot] = node.nbytes
+            peak = max(peak, sum(sizes.values()))
+            waiting.subtract(base.spot for base in node.bases)
+            for done in {spot, *(base.spot for base in node.bases)}:
+                if not waiting[done]:
+                    sizes.pop(done, None)
+        return self.stored_bytes + peak
 
     def take(self, other: Group) -> None:
         """Join another group to this one."""

@@ -22,8 +22,9 @@ from gpumove.format.stored import Placed, Shelf, Stored
 from gpumove.ranges import Wanted
 from gpumove.save.chunks import ChunkKey
 from gpumove.state.capture import Saved, Targets
+from gpumove.state.locals import local_tensor
 from gpumove.state.members import Meta, RngMember
-from gpumove.state.plan import local_box, local_tensor
+from gpumove.state.plan import local_box
 from gpumove.store.objects import Store
 from gpumove.store.records import read_manifest, read_parts
 

@@ -25,8 +25,10 @@ from gpumove.format.manifest import Checkpoint
 from gpumove.format.stored import Stored
 from gpumove.handle import SaveHandle
 from gpumove.save.chunks import ChunkKey, data_of
-from gpumove.save.predecessor import InMemory, OnDisk, Predecessor, keeps_in_memory
-from gpumove.save.writer import PartWriter, Request, say_failure
+from gpumove.save.predecessor import InMemory, Predecessor, keeps_in_memory
+from gpumove.save.request import Request
+from gpumove.save.units import steps_of
+from gpumove.save.writer import PartWriter, say_failure
 from gpumove.state.arena import staged_bytes
 from gpumove.state.capture import Capture
 from gpumove.state.families import settled
@@ -63,7 +65,7 @@ class Runner:
     def __init__(self, log: Log, config: Config, stager: Stager, *, rank: int, world_size: int) -> None:
         self._log_book, self._config, self._rank, self._world_size = log, config, rank, world_size
         self._stager = stager
-        self._kept_bytes: tuple[int, bool] = (-1, False)
+        self._kept_bytes, self._keeps = 0, False
         self._writer = PartWriter(log.store, config)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpumove-save")
         self._pending: list[Future[None]] = []
@@ -73,17 +75,18 @@ class Runner:
         """Tensors that were seen to change outside optimizers: from now on they are copied at once."""
         self.committed_step = -1
 
-    def attempt(self, serial: int) -> str:
-        """The name of this epoch's save number ``serial``."""
+    def begin(self, step: int, serial: int) -> SaveHandle:
+        """The handle of this epoch's save number ``serial``."""
         if self._log_book.epoch is None:
             raise ConfigError("claim the run before saving")
-        return keys.attempt_name(self._log_book.epoch, serial)
+        attempt = keys.attempt_name(self._log_book.epoch, serial)
+        return SaveHandle(step, attempt, traced=self._config.trace_dir is not None)
 
     def keeps(self, nbytes: int) -> bool:
         """Whether a snapshot of this size stays in memory, for the next one to be coded against."""
-        if self._kept_bytes[0] != nbytes:
-            self._kept_bytes = (nbytes, keeps_in_memory(self._config, nbytes))
-        return self._kept_bytes[1]
+        if not 0.9 * self._kept_bytes <= nbytes <= 1.1 * self._kept_bytes:  # values grow a little from save to save
+            self._kept_bytes, self._keeps = nbytes, keeps_in_memory(self._config, nbytes, held=self._stager.nbytes)
+        return self._keeps
 
     def follow_on(self, table: dict[ChunkKey, Stored], snapshot: Snapshot, layout: Layout, capture: Capture) -> None:
         """The restored checkpoint is the predecessor of the first save: ``snapshot`` has its bytes."""
@@ -98,12 +101,13 @@ class Runner:
         with contextlib.suppress(ConfigError):  # torn ones too: every base is compared with its digest before use
             snapshot.wait()
         pieces = self._writer.cut(layout.items)
-        held: InMemory | OnDisk | None = InMemory(snapshot, pieces.places) if keep else None
-        if not keep and self._config.predecessor_dir is not None:
-            held = OnDisk(self._config.predecessor_dir)
+        disk = self._writer.disk(keep=keep)
+        if disk is not None:
             for task in pieces.tasks:
-                held.put(task.key, data_of(task, snapshot))
-        self._writer.adopt(Predecessor(table, held, settled(capture.rules, layout.scalars, snapshot.view)))
+                disk.put(task.key, data_of(task, snapshot))
+        held = InMemory(snapshot, pieces.places) if keep else disk
+        rules, steps = settled(capture.rules, layout.scalars, snapshot.view), steps_of(layout.items, snapshot)
+        self._writer.adopt(Predecessor(table, held, rules, steps))
 
     def take_predecessor(self, table: dict[ChunkKey, Stored]) -> None:
         """What a restored checkpoint holds, without its bytes: unchanged chunks are recognised by their digests."""
@@ -192,6 +196,8 @@ class Runner:
         request = self._request(staged)
         _, part = self._writer.write(request, staged.snapshot)
         self._stager.keep(staged.snapshot if request.keep else None)
+        if not request.keep:
+            self._stager.trim()
         self._stager.settle(part.clean if self._config.skip_unchanged else ())
         stats.state_bytes, stats.clean_bytes, stats.new_bytes = part.state_bytes, part.clean_bytes, part.new_bytes
         stats.packs, stats.peak_bytes = part.packs, part.peak_bytes

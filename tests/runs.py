@@ -15,7 +15,8 @@ from gpumove.config import Config
 from gpumove.format.boxes import Box
 from gpumove.format.keys import attempt_name
 from gpumove.format.manifest import Checkpoint
-from gpumove.save.writer import PartWriter, Request
+from gpumove.save.request import Request
+from gpumove.save.writer import PartWriter
 from gpumove.state.plan import Item
 from gpumove.state.values import dtype_name
 from gpumove.store.log import Log

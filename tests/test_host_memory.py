@@ -18,12 +18,16 @@ def test_the_machine_has_some() -> None:
 
 def test_the_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit, used = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(memory, "_CGROUPS", ((str(limit), str(used)), (str(tmp_path / "absent"), str(used))))
+    stat, absent = tmp_path / "stat", str(tmp_path / "absent")
+    monkeypatch.setattr(memory, "_CGROUPS", ((str(limit), str(used), str(stat)), (absent, absent, absent)))
     used.write_text("3000000\n")
     limit.write_text("max\n")
     assert (memory.available_bytes() or 0) > 1 << 20
     limit.write_text("5000000\n")
     assert memory.available_bytes() == 2_000_000
+    stat.write_text("anon 1000000\ninactive_file 1500000\n")
+    assert memory.available_bytes() == 3_500_000, "page cache is given back when it is needed"
+    stat.unlink()
     limit.write_text("1000\n")
     assert memory.available_bytes() == 0
 

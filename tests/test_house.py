@@ -28,12 +28,13 @@ LAYERS = [
         "store.azure", "store.connect", "store.objects", "store.view", "store.log", "store.records", "store.gc",
     ],
     [
-        "state.values", "state.rng", "state.peers", "state.families", "state.plan", "state.members",
+        "state.values", "state.rng", "state.peers", "state.locals", "state.families", "state.plan", "state.members",
         "state.optimizer", "state.capture",
         "state.layout", "state.arena", "state.unchanged", "state.snapshot", "state.staging", "state.loader",
     ],
     [
-        "ranges", "fetch", "save.chunks", "save.predecessor", "save.pace", "save.chain", "save.assemble", "save.units",
+        "ranges", "fetch", "save.chunks", "save.predecessor", "save.pace", "save.chain", "save.assemble",
+        "save.request", "save.units",
         "save.writer", "commit", "restore", "inspection.survey", "inspection.run", "inspection.groups",
         "inspection.summary",
         "inspection.export_plan", "inspection.export", "inspection.doctor",
@@ -104,7 +105,7 @@ def test_the_environment_is_read_and_people_are_spoken_to_in_one_place(path: Pat
 
 # A reason may exceed a size; it is written here, next to the figure.
 LONG_FILES = {
-    "checkpointer": 380,  # one public object; its docstrings are a third of it
+    "checkpointer": 390,  # one public object; its docstrings are a third of it
     "store.objects": 370,  # seven verbs with their docstrings
     "state.loader": 370,  # the loader and its order of samples
     "state.capture": 320,

@@ -185,7 +185,7 @@ class Survey:
 
     def _check_pack(self, key: str, nbytes: int, uses: _Uses, buffers: Buffers) -> None:
         try:
-            data = read_span(self.store, Span(key, 0, nbytes), buffers=buffers)
+            data = read_span(self.store, Span(key, 0, nbytes), buffers.take(nbytes))
         except IntegrityError as error:
             self._found(key, str(error), error.code, self._users[key])
             return

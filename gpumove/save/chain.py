@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from gpumove.format.stored import Stored, closure
 
 _FIRST_GUESS = 0.5
+_RECORD_BYTES = 150
+"""Of each chunk that others are decoded from, in the part: of small chunks it is much."""
 
 
 class Chain:
@@ -37,10 +39,14 @@ class Chain:
         """
         if any(node.chain >= self._max_chain for node in before):
             return False
-        nbytes = sum(node.nbytes for node in before)
-        fetched = sum(node.length for node in closure(before).values())
         raw, stored = self._came_out.get(rule, (1.0, _FIRST_GUESS))
-        return fetched + nbytes * stored / raw <= self._max_amplification * nbytes
+        return self.holds(before, sum(node.nbytes for node in before) * stored / raw)
+
+    def holds(self, before: Sequence[Stored], stored_bytes: float) -> bool:
+        """Whether a difference of that size to ``before`` leaves a restore within its bound."""
+        found = closure(before).values()
+        fetched = stored_bytes + sum(node.length + _RECORD_BYTES for node in found)
+        return fetched <= self._max_amplification * sum(node.nbytes for node in before)
 
     def came_out(self, rule: str, nbytes: int, stored_bytes: int) -> None:
         """A unit of ``nbytes`` was stored as a difference of ``stored_bytes``."""

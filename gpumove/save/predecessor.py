@@ -28,7 +28,7 @@ class Held(Protocol):
     """Bytes of a save that is over."""
 
     def get(self, key: ChunkKey) -> memoryview | None:
-        """A chunk's bytes, valid until the calling thread asks again; None if they are not there."""
+        """A chunk's bytes, valid until ``close``; None if they are not there."""
 
     def close(self) -> None:
         """They are not needed any more."""
@@ -57,7 +57,6 @@ class OnDisk:
         self._at: dict[ChunkKey, tuple[int, int]] = {}
         self._end = 0
         self._lock = threading.Lock()
-        self._buffers = threading.local()
         self._broken = False
 
     def put(self, key: ChunkKey, data: memoryview) -> None:
@@ -82,7 +81,6 @@ class OnDisk:
         if place is None or self._broken:
             return None
         at, nbytes = place
-        # One buffer for each chunk of a unit: all of them are in use at once.
         out = memoryview(bytearray(nbytes))
         got = 0
         try:
@@ -102,11 +100,12 @@ class OnDisk:
 
 @dataclass
 class Predecessor:
-    """The last part that this rank wrote, or restored. ``rules`` are the optimizers' hyper-parameters then."""
+    """The last part that this rank wrote, or restored; ``rules`` and ``steps`` are the optimizers' state then."""
 
     table: Mapping[ChunkKey, Stored] = field(default_factory=dict)
     held: Held | None = None
     rules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    steps: Mapping[str, float] = field(default_factory=dict)
 
     def close(self) -> None:
         """Give the bytes back."""
@@ -114,11 +113,17 @@ class Predecessor:
             self.held.close()
 
 
-def keeps_in_memory(config: Config, nbytes: int) -> bool:
-    """Whether a second copy of ``nbytes`` may stay in host memory between saves."""
+def keeps_in_memory(config: Config, nbytes: int, *, held: int = 0) -> bool:
+    """Whether a second copy of ``nbytes`` may stay in host memory between saves.
+
+    Args:
+        config: settings.
+        nbytes: the size of a snapshot.
+        held: memory that snapshots have already: what is left of the machine's is so much less.
+    """
     if not config.delta or config.codec == "raw":
         return False
     if config.predecessor_bytes is not None:
         return nbytes <= config.predecessor_bytes
     free = available_bytes()
-    return free is None or nbytes <= free // (_SHARE * config.ranks_here())
+    return free is None or nbytes <= (free + held) // (_SHARE * config.ranks_here())

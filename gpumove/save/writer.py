@@ -10,21 +10,21 @@ It knows bytes, boxes and a Store, never live tensors. Whoever calls it decides 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
 from gpumove.budget import ByteBudget
 from gpumove.config import Config
-from gpumove.errors import GpumoveError, StoreError
+from gpumove.errors import GpumoveError
 from gpumove.format import keys
 from gpumove.format.codec import Buffer, digest
+from gpumove.format.coding import Coder
 from gpumove.format.manifest import FORMAT, Pack
 from gpumove.format.manifest import encode as to_json
 from gpumove.format.pack import PackItem, box_name, build
@@ -33,53 +33,12 @@ from gpumove.save.chain import Chain
 from gpumove.save.chunks import Bytes, Cut, Task, cut
 from gpumove.save.pace import Pace
 from gpumove.save.predecessor import InMemory, OnDisk, Predecessor
-from gpumove.save.units import Answer, Material, UnitCoder
+from gpumove.save.request import PartStats, Request
+from gpumove.save.units import Answer, Material, UnitCoder, steps_of
 from gpumove.state.plan import Item
 from gpumove.store.objects import Store
-from gpumove.tracing import Trace
 
-
-@dataclass(frozen=True)
-class Request:
-    """What one rank is to write in one attempt.
-
-    ``rules`` are the optimizers' hyper-parameters by parameter group; ``keep`` says that the snapshot's memory is left
-    alone until the next save is written, so that it can be coded against it.
-    """
-
-    run: str
-    attempt: str
-    rank: int
-    world_size: int
-    step: int
-    plan: str
-    items: Sequence[Item]
-    values: dict[str, Any]
-    rules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    keep: bool = False
-    trace: Trace = field(default_factory=lambda: Trace(on=False))
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    confirm: Callable[[], None] = lambda: None
-    """Raises if the snapshot turns out not to be whole; called when all else is written."""
-
-    def check(self) -> None:
-        """Stop here if nobody wants the save any more."""
-        if self.cancelled.is_set():
-            raise StoreError(f"the save of step {self.step} was abandoned", code="store.abandoned")
-
-
-@dataclass
-class PartStats:
-    """Bytes of one part, by what became of them, and seconds spent."""
-
-    state_bytes: int = 0
-    clean_bytes: int = 0
-    new_bytes: int = 0
-    packs: int = 0
-    peak_bytes: int = 0
-    seconds: float = 0.0
-    clean: frozenset[int] = frozenset()
-    """Sources of which nothing changed."""
+_log = logging.getLogger("gpumove")
 
 
 class _OpenPack:
@@ -105,10 +64,12 @@ class PartWriter:
         self._workers = ThreadPoolExecutor(config.workers, thread_name_prefix="gpumove-encode")
         self._uploads = ThreadPoolExecutor(config.concurrency, thread_name_prefix="gpumove-put")
         self._pace = Pace(always=config.codec == "small", never=config.codec == "raw", threads=config.workers)
+        self._coder = Coder()
         self._chain = Chain(max_chain=config.max_chain, max_amplification=config.max_restore_amplification)
         self._predecessor = Predecessor()
         self._counting = threading.Lock()
         self._cached: tuple[Sequence[Item], Cut] | None = None
+        self._warned = False
 
     def adopt(self, predecessor: Predecessor) -> None:
         """From now on saves are compared with this."""
@@ -133,7 +94,7 @@ class PartWriter:
         began = time.perf_counter()
         stats = PartStats()
         pieces = self.cut(request.items)
-        disk = self._disk(request)
+        disk = self.disk(keep=request.keep)
         try:
             written = self._write_chunks(request, pieces, snapshot, stats, disk)
             heading = Heading(
@@ -155,16 +116,23 @@ class PartWriter:
                 disk.close()
             raise
         held = InMemory(snapshot, pieces.places) if request.keep else disk
-        self.adopt(Predecessor(table, held, request.rules))
+        self.adopt(Predecessor(table, held, request.rules, steps_of(request.items, snapshot)))
+        self._pace.end(stats.state_bytes - stats.clean_bytes)
         stats.seconds = time.perf_counter() - began
         return key, stats
 
-    def _disk(self, request: Request) -> OnDisk | None:
-        """Where this save's bytes are kept for the next one, if memory is not the place."""
+    def disk(self, *, keep: bool) -> OnDisk | None:
+        """Where a save's bytes are kept for the next one, if memory is not the place."""
         config = self._config
-        if request.keep or not config.delta or config.codec == "raw" or config.predecessor_dir is None:
+        if keep or not config.delta or config.codec == "raw" or config.predecessor_dir is None:
             return None
-        return OnDisk(config.predecessor_dir)
+        try:
+            return OnDisk(config.predecessor_dir)
+        except OSError as error:
+            if not self._warned:
+                _log.warning("predecessor_dir cannot be used, so what changed is sent whole: %s", error)
+            self._warned = True
+            return None
 
     def close(self) -> None:
         """End the threads."""
@@ -225,8 +193,9 @@ class PartWriter:
         """Outcomes in the order of batches, computed a few batches ahead."""
         waiting: deque[tuple[list[list[int]], Future[list[list[Answer]]]]] = deque()
         before = self._predecessor
-        material = Material(request.items, pieces, snapshot, before, request.rules, disk, request.trace)
-        coder = UnitCoder(material, self._chain, self._pace)
+        steps = steps_of(request.items, snapshot)
+        material = Material(request.items, pieces, snapshot, before, request.rules, steps, disk, request.trace)
+        coder = UnitCoder(material, self._coder, self._chain, self._pace)
 
         def code(batch: list[list[int]]) -> list[list[Answer]]:
             request.check()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gpumove.errors import ConfigError, LayoutError
-from gpumove.state.families import Kin, Rule, copies
+from gpumove.state.families import Kin, Rule, aliases, copies
 from gpumove.state.members import Member, Meta, ModelMember, ObjectMember, RngMember, Tensors
 from gpumove.state.optimizer import OptimizerMember
 from gpumove.state.peers import process_rank
@@ -40,7 +40,8 @@ class Capture:
     def relations(self) -> dict[str, Kin]:
         """Every tensor's place in a family, if it has one."""
         found = {fqn: kin for known in self.kin for fqn, kin in known.items()}
-        return found | copies(self.models, found)
+        found |= copies(self.models, found)
+        return found | aliases(self.sources, found)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ checkpoint to be right: a family or a rule that does not fit the numbers only co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
+from gpumove.state.locals import local_tensor
 from gpumove.state.values import dtype_name
 
 _LOW = ("bfloat16", "float16")
@@ -20,11 +22,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class Kin(NamedTuple):
-    """A tensor's place in a family. ``rule`` names the optimizer's parameter group, or is empty."""
+    """A tensor's place in a family. ``rule`` names the optimizer's parameter group, ``step`` the family's counter."""
 
     family: str
     role: str
     rule: str
+    step: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,14 @@ def kin_of(
         rule: its group.
     """
     family = name or where
+    step = f"{where}.step" if isinstance(state.get("step"), torch.Tensor) else ""
     found = {
-        f"{where}.{key}": Kin(family, _role(key, value, parameter), rule)
+        f"{where}.{key}": Kin(family, _role(key, value, parameter), rule, step)
         for key, value in state.items()
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.dim()
     }
     if found and name is not None:
-        found[name] = Kin(family, "parameter", rule)
+        found[name] = Kin(family, "parameter", rule, step)
     return found
 
 
@@ -67,26 +71,40 @@ def _role(key: str, value: torch.Tensor, parameter: torch.Tensor) -> str:
 
 
 def rule_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Rule | None:
-    """The rule of a parameter group, from the state that it keeps; None if it is none that predicts anything."""
-    states = (optimizer.state.get(p) for p in group["params"])
-    state = next((s for s in states if s), None)
-    if state is None:
+    """The rule of a parameter group, from the state that it keeps; None if it is none that predicts anything.
+
+    It never raises: groups hold what their optimizers and schedulers like.
+    """
+    states = [s for p in group["params"] if p.requires_grad and (s := optimizer.state.get(p))]
+    if not states:
         return None
+    state = states[0]
+    given: dict[str, Any] = {"step": state.get("step", group.get("step", 0))}
     if {"exp_avg", "exp_avg_sq"} <= state.keys():
-        kind, betas = "adam", group.get("betas", (0.0, 0.0))
-        given: dict[str, Any] = {"beta1": betas[0], "beta2": betas[1]}
+        kind, betas = "adam", group.get("betas")
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            return None
+        given |= {"beta1": betas[0], "beta2": betas[1]}
         # AdamW is a kind of Adam in some versions of torch; what the group says is nearer to the truth than the class.
         given["decoupled"] = group.get("decoupled_weight_decay", "adamw" in type(optimizer).__name__.lower())
     elif "momentum_buffer" in state:
-        kind, given = "momentum", {}
+        kind = "momentum"
     else:
         return None
-    given["step"] = state.get("step", group.get("step", 0))
     for key in ("lr", "eps", "weight_decay", "maximize", "momentum", "dampening", "nesterov"):
         given[key] = group.get(key, 0)
     tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and v.numel() == 1}
-    numbers = {k: float(v) for k, v in given.items() if isinstance(v, (int, float))}
-    return Rule(kind, numbers, tensors)
+    numbers = {k: n for k, v in given.items() if k not in tensors and (n := _number(v)) is not None}
+    return Rule(kind, numbers, tensors) if given.keys() == numbers.keys() | tensors.keys() else None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, whatever its type (schedulers leave numpy's behind); None if it is not one."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return found if math.isfinite(found) else None
 
 
 def copies(models: Sequence[tuple[str, Mapping[str, torch.Tensor]]], kin: Mapping[str, Kin]) -> dict[str, Kin]:
@@ -109,6 +127,18 @@ def copies(models: Sequence[tuple[str, Mapping[str, torch.Tensor]]], kin: Mappin
     return found
 
 
+def aliases(sources: Iterable[Mapping[str, torch.Tensor]], kin: Mapping[str, Kin]) -> dict[str, Kin]:
+    """Further names of tensors that have a family: tied weights are written once, so all their names go together."""
+    tensors = {fqn: local_tensor(t) for source in sources for fqn, t in source.items()}
+    places = {_place(t): kin[fqn] for fqn, t in tensors.items() if fqn in kin and t.numel()}
+    rest = ((fqn, places.get(_place(t))) for fqn, t in tensors.items() if fqn not in kin and t.numel())
+    return {fqn: near for fqn, near in rest if near is not None}
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
 def _inner(models: Iterable[tuple[str, Mapping[str, torch.Tensor]]]) -> Iterable[tuple[str, str, torch.Tensor]]:
     for name, tensors in models:
         for fqn, tensor in tensors.items():
@@ -127,6 +157,9 @@ def settled(
     """
     found = {name: dict(rule.numbers) for name, rule in rules.items()}
     for (name, key), source in scalars.items():
-        value = torch.frombuffer(view(source), dtype=rules[name].tensors[key].dtype)
-        found[name][key] = float(value[0])
+        value = _number(torch.frombuffer(view(source), dtype=rules[name].tensors[key].dtype)[0])
+        if value is None:
+            found.pop(name, None)
+        elif name in found:
+            found[name][key] = value
     return found

@@ -17,9 +17,10 @@ from gpumove.errors import GpumoveError, LayoutError
 from gpumove.format.boxes import Box
 from gpumove.state.capture import Capture
 from gpumove.state.families import Kin
+from gpumove.state.locals import local_tensor
 from gpumove.state.members import Tensors
 from gpumove.state.peers import Peers
-from gpumove.state.plan import Item, Piece, Shard, assign, check_dense, local_tensor, plan_digest, shard_of
+from gpumove.state.plan import Item, Piece, Shard, assign, check_dense, plan_digest, shard_of
 from gpumove.state.values import dtype_name
 
 
@@ -146,7 +147,8 @@ class Planner:
         """What must be copied at once, worked out again only if one of the things that it depends on has changed."""
         state = (len(names), capture.at_once, capture.local.keys(), set(mutable))
         if self._urgent is None or self._urgent[0] is not kept or self._urgent[1] != state:
-            early = [n in capture.at_once or n in capture.local or n in mutable for n in names]
+            early = [n in capture.at_once or n in capture.local or n in mutable for n in names[: len(kept.names)]]
+            early += [True] * (len(names) - len(early))  # hyper-parameters: schedulers write to them
             self._urgent = (kept, state, early)
         return self._urgent[2]
 

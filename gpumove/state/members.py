@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpumove.errors import ConfigError
 from gpumove.state import rng
 from gpumove.state.families import Kin, Rule
-from gpumove.state.plan import local_tensor
+from gpumove.state.locals import local_tensor
 from gpumove.state.values import flatten, tensor_names
 
 Tensors: TypeAlias = dict[str, torch.Tensor]

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gpumove.state.arena import Side, Specs, staged_bytes
 from gpumove.state.snapshot import Snapshot
-from gpumove.state.unchanged import Fingerprint, Watch, fingerprint
+from gpumove.state.unchanged import Watch, device_fingerprint, fingerprint
 from gpumove.tracing import Trace
 
 
@@ -48,6 +48,12 @@ class Stager:
     def keep(self, snapshot: Snapshot | None) -> None:
         """From now on this snapshot is not overwritten, and the one that was kept before may be."""
         self._kept = snapshot
+
+    def trim(self) -> None:
+        """Give the second arena back, if nothing is kept in it; not while a copy runs."""
+        if self._kept is None and self._current is not None:
+            self._sides[1 - self._current.side].release()
+            self._watch.forget()
 
     def settle(self, clean: Iterable[int] | None) -> None:
         """A save ended: these sources did not change since the one before. None: it failed, so nothing is known."""
@@ -81,7 +87,9 @@ class Stager:
             at_once: per source, whether it may change before the next optimizer step.
             trace: gets what the copy took.
         """
-        number = 1 - self._kept.side if self._kept is not None else 0
+        number = 0 if self._current is None else self._current.side
+        if self._kept is not None:
+            number = 1 - self._kept.side
         side = self._sides[number]
         order = self._order_of(sources, at_once)
         side.lay_out(sources, order.specs)
@@ -91,8 +99,8 @@ class Stager:
         work = _Work(snapshot, side.copies, sources, at_once, copied, looked)
         self._copy(work, order.now)
         snapshot._watched = [(i, sources[i], sources[i]._version) for i in order.watched]
+        self._mark(work)  # before the copies: the sooner it is known what is left to copy
         self._enqueue(work, [i for i in work.copied if sources[i].is_cuda])
-        work.marks = [self._mark(sources[i]) if sources[i].is_cuda else None for i in looked]
         if not order.later:
             snapshot._finish(None)
         else:
@@ -127,12 +135,19 @@ class Stager:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._streams[device]
 
-    def _mark(self, source: torch.Tensor) -> Fingerprint:
-        """Queue a device tensor's fingerprint behind what the current stream has been given so far."""
-        stream = self._stream(source.device)
-        stream.wait_stream(torch.cuda.current_stream(source.device))
-        with torch.cuda.stream(stream):
-            return fingerprint(source)
+    def _mark(self, work: _Work) -> None:
+        """Queue device tensors' fingerprints, and their way to the host, behind what the current stream has to do."""
+        for device in {work.sources[i].device for i in work.looked if work.sources[i].is_cuda}:
+            stream = self._stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for i in work.looked:
+                    if work.sources[i].device == device:
+                        mark = torch.empty(2, dtype=torch.int64, pin_memory=True)
+                        work.marks[i] = mark.copy_(device_fingerprint(work.sources[i]), non_blocking=True)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(stream)
+            work.marked.append(event)
 
     def _enqueue(self, work: _Work, which: Sequence[int]) -> None:
         """Queue device copies on a side stream that starts behind what the current stream has been given so far."""
@@ -169,8 +184,10 @@ class Stager:
 
     def _look(self, work: _Work) -> list[int]:
         """Which candidates have to be copied after all; of the others the older copy is used."""
-        marks = [fingerprint(work.sources[i]) if m is None else m for i, m in zip(work.looked, work.marks)]
-        changed = self._watch.changed(work.looked, marks)
+        for event in work.marked:
+            event.synchronize()
+        marks = {i: fingerprint(work.sources[i], work.marks.get(i)) for i in work.looked}
+        changed = self._watch.changed(marks)
         work.snapshot._unchanged = {i: self._where[i] for i in set(work.looked) - set(changed)}
         return changed
 
@@ -205,7 +222,9 @@ class _Work:
     at_once: Sequence[bool]
     copied: list[int]
     looked: list[int]
-    marks: list[Fingerprint | None] = field(default_factory=list)
+    marks: dict[int, torch.Tensor] = field(default_factory=dict)
+    """On the host once ``marked`` has happened."""
+    marked: list[torch.cuda.Event] = field(default_factory=list)
     keep: list[torch.Tensor] = field(default_factory=list)
 
 

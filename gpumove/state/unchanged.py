@@ -8,7 +8,7 @@ the host the hash that chunks have serves, which is faster there.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -20,15 +20,21 @@ _SEEDS = tuple(secrets.randbits(63) | 1 for _ in range(2))
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47)
 """Odd constants with well-spread bits, as int64."""
 
-Fingerprint = bytes | torch.Tensor
+
+def fingerprint(tensor: torch.Tensor, mark: torch.Tensor | None = None) -> bytes:
+    """A tensor's fingerprint. ``mark``: what :func:`device_fingerprint` made, if it is on a device, on the host."""
+    if mark is not None:
+        return mark.numpy().tobytes()
+    return digest(_flat(tensor).numpy().data).encode()
 
 
-def fingerprint(tensor: torch.Tensor) -> Fingerprint:
-    """A tensor's fingerprint; of one on a device, a tensor there that is not waited for."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if not flat.is_cuda:
-        return digest(flat.numpy().data).encode()
-    return sums(flat)
+def device_fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """The same of a tensor on a device, computed there in the current stream and not waited for."""
+    return sums(_flat(tensor))
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def sums(flat: torch.Tensor) -> torch.Tensor:
@@ -76,12 +82,8 @@ class Watch:
         self.candidates = frozenset(clean)
         self._known = {n: mark for n, mark in self._known.items() if n in self.candidates}
 
-    def changed(self, which: Sequence[int], marks: Sequence[Fingerprint]) -> list[int]:
-        """Those that are to be copied: changed, or seen for the first time. Waits for marks on a device."""
-        found = []
-        for number, mark in zip(which, marks):
-            now = mark if isinstance(mark, bytes) else mark.cpu().numpy().tobytes()
-            if self._known.get(number) != now:
-                found.append(number)
-            self._known[number] = now
+    def changed(self, marks: Mapping[int, bytes]) -> list[int]:
+        """Those that are to be copied: changed, or seen for the first time."""
+        found = [number for number, mark in marks.items() if self._known.get(number) != mark]
+        self._known.update(marks)
         return found

@@ -74,15 +74,47 @@ def test_units_are_coded_in_proportion(clock: Clock) -> None:
 
 def test_nothing_known_means_coding_and_settings_are_obeyed() -> None:
     assert Pace(always=False, never=False, threads=1).worth()
-    assert all(Pace(always=True, never=False, threads=1).worth() for _ in range(3))
-    assert not any(Pace(always=False, never=True, threads=1).worth() for _ in range(3))
+    always, never = Pace(always=True, never=False, threads=1), Pace(always=False, never=True, threads=1)
+    for _ in range(3):
+        always.begin()
+        never.begin()
+        assert always.worth()
+        assert not never.worth()
+        always.end(100 * MB)
+        never.end(100 * MB)
 
 
-def test_what_was_not_tried_for_long_is_tried_again(clock: Clock) -> None:
-    pace = measured(clock, link=8000 * MB, codecs=500 * MB, ratio=0.8)
-    for _ in range(2):
+def saves(
+    pace: Pace, clock: Clock, count: int, *, coded_s: float, raw_s: float, link: float, ratio: float = 0.5
+) -> list[bool]:
+    """Save 100 MB so many times; which were coded."""
+    found = []
+    for _ in range(count):
         pace.begin()
-        assert not pace.worth()
-    for _ in range(5):
-        pace.begin()
-    assert pace.worth()
+        coding = pace.worth()
+        found.append(coding)
+        nbytes = int(100 * MB * ratio) if coding else 100 * MB
+        if coding:
+            pace.coded(100 * MB, nbytes, 0.01)
+        pace.put_begins()
+        clock.now += nbytes / link
+        pace.put_ends(nbytes)
+        clock.now += max(0.0, (coded_s if coding else raw_s) - nbytes / link)
+        pace.end(100 * MB)
+    return found
+
+
+def test_the_way_that_takes_less_time_goes_on(clock: Clock) -> None:
+    """Whatever rates say: the processor may be needed elsewhere."""
+    pace = Pace(always=False, never=False, threads=2)
+    found = saves(pace, clock, 40, coded_s=1.0, raw_s=0.7, link=200 * MB)
+    assert found[0]
+    assert not found[1], "worth a try"
+    assert sum(found) == 2, "the first, and one more try after a while"
+    other = saves(Pace(always=False, never=False, threads=2), clock, 40, coded_s=0.7, raw_s=1.0, link=200 * MB)
+    assert sum(other) >= 38
+
+
+def test_raw_is_not_tried_over_a_link_that_is_far_too_slow(clock: Clock) -> None:
+    pace = Pace(always=False, never=False, threads=2)
+    assert all(saves(pace, clock, 100, coded_s=0.2, raw_s=10.0, link=10 * MB, ratio=0.3))
