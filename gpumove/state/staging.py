@@ -141,10 +141,10 @@ class Stager:
             stream = self._stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                for i in work.looked:
-                    if work.sources[i].device == device:
-                        mark = torch.empty(2, dtype=torch.int64, pin_memory=True)
-                        work.marks[i] = mark.copy_(device_fingerprint(work.sources[i]), non_blocking=True)
+                mine = [i for i in work.looked if work.sources[i].device == device]
+                there = torch.stack([device_fingerprint(work.sources[i]) for i in mine])
+                here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
+                work.marks.update(zip(mine, here))
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(stream)
             work.marked.append(event)
