@@ -15,7 +15,7 @@ help: ## list the targets
 venv: $(VENV)/.stamp ## create .venv with gpumove and everything that development needs
 
 # torch goes first: it decides which builds of other packages fit, and it is the slow part.
-$(VENV)/.stamp: pyproject.toml constraints-dev.txt
+$(VENV)/.stamp: pyproject.toml setup.py constraints-dev.txt $(wildcard gpumove/format/native/*.[ch])
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt torch
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints-dev.txt -e '.[dev]'

@@ -24,8 +24,8 @@ from gpumove.format.differences import (
     gradient_of,
     residual_of,
 )
-from gpumove.format.kernels import Words
-from gpumove.format.lanes import CENTRED, FLOATS, PLAIN, MisfitError
+from gpumove.format.kernels import CENTRED, FLOATS, PLAIN, Words
+from gpumove.format.lanes import MisfitError
 from gpumove.format.layouts import (
     constant_layout,
     estimate_bits,

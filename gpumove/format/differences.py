@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from gpumove.errors import IntegrityError
-from gpumove.format import kernels, predict
+from gpumove.format import kernels, native, predict
 from gpumove.format.arithmetic import require_ieee
 from gpumove.format.entropy import Take
-from gpumove.format.kernels import UNSIGNED, Words
-from gpumove.format.lanes import CENTRED, FLOATS, shape_of
+from gpumove.format.kernels import CENTRED, FLOATS, PLAIN, UNSIGNED, Words
+from gpumove.format.lanes import RAW, shape_of
 from gpumove.format.layouts import layout_for, sample
-from gpumove.format.planes import Reader, Writer
+from gpumove.format.planes import Difference, Reader, Writer, encode_stream
 from gpumove.format.predict import BFLOAT16, FLAGS, FLOAT16, FLOAT32, FORMULAS, GRADIENT, MAX_REPEATS, WIDTHS, Step
 
 SAMPLE = (16, 128)
@@ -28,15 +29,21 @@ _LENGTH = struct.Struct("<I")
 _ADAM_BELOW = 16
 
 
+def _subtract(bases: Sequence[Words], words: Words, out: Words) -> None:
+    np.subtract(words, bases[0], out=out)
+
+
+def _add(bases: Sequence[Words], differences: Words, out: Words) -> None:
+    np.add(differences, bases[0], out=out)
+
+
+_TO_PREDECESSOR = Difference(native.PREDECESSOR, _subtract, _add)
+
+
 def encode_sub(new: Words, old: Words) -> memoryview:
     """The difference of the bits to the predecessor's."""
-    writer = Writer(new.size, layout_for(sample(new, *SAMPLE) - sample(old, *SAMPLE), CENTRED))
-    shape = shape_of(new.size, new.itemsize)
-    for a, b in map(shape.bounds, range(shape.blocks)):
-        block = kernels.scratch("residual", b - a, new.dtype)
-        np.subtract(new[a:b], old[a:b], out=block)
-        writer.put(block)
-    return writer.finish()
+    layout = layout_for(sample(new, *SAMPLE) - sample(old, *SAMPLE), CENTRED)
+    return encode_stream(new, layout, _TO_PREDECESSOR, [old])
 
 
 def decode_sub(stored: memoryview, out: memoryview, bases: Sequence[memoryview]) -> None:
@@ -49,9 +56,7 @@ def decode_sub(stored: memoryview, out: memoryview, bases: Sequence[memoryview])
         reader = Reader(stored, words.size, width)
         for n in range(reader.shape.blocks):
             a, b = reader.shape.bounds(n)
-            block = kernels.scratch("residual", b - a, words.dtype)
-            reader.block(n, block)
-            np.add(block, old[a:b], out=words[a:b])
+            reader.block(n, words[a:b], _TO_PREDECESSOR, [old[a:b]])
 
 
 def _base_words(bases: Sequence[memoryview], widths: Sequence[int], count: int) -> list[Words]:
@@ -64,6 +69,8 @@ def _base_words(bases: Sequence[memoryview], widths: Sequence[int], count: int) 
 def _rounded(dtype: int) -> Callable[[Words, Words], None]:
     if dtype == BFLOAT16:
         return kernels.round_bfloat16
+    if native.core is not None:
+        return partial(native.core.rounded, dtype)
     return lambda wide, out: predict.store(wide.view(np.float32), FLOAT16, out)
 
 
@@ -99,12 +106,20 @@ def codec_of(step: Step) -> str:
 def residual_of(step: Step, bases: Sequence[Words], new: Words) -> Words:
     """For a sample: the differences to the prediction. Not in blocks, not in scratch."""
     out = np.empty_like(new)
-    _residual(step, bases, new, out)
+    if native.core is not None:
+        width = new.itemsize
+        whole = bytes([width, PLAIN, 8, 1, 0, width, RAW, 0])
+        native.core.split(whole, _to_prediction(step).packed, new, tuple(bases), (out,), 0)
+    else:
+        _residual(step, bases, new, out)
     return out
 
 
 def gradient_of(step: Step, old: Words, new: Words, out: Words) -> None:
     """The gradient as bfloat16 bits, for GRADIENT."""
+    if native.core is not None:
+        native.core.estimate(old, new, step.scalars[0], out)
+        return
     for p in predict.pieces(new.size):
         estimate = predict.estimate_gradient(
             old[p].view(np.float32),
@@ -115,11 +130,23 @@ def gradient_of(step: Step, old: Words, new: Words, out: Words) -> None:
         predict.store(estimate, BFLOAT16, out[p])
 
 
-def _residual(step: Step, bases: Sequence[Words], new: Words, out: Words) -> None:
-    for p in predict.pieces(new.size):
-        prediction = kernels.scratch("prediction", new[p].size, new.dtype)
+def _residual(step: Step, bases: Sequence[Words], words: Words, out: Words) -> None:
+    for p in predict.pieces(words.size):
+        prediction = kernels.scratch("prediction", words[p].size, words.dtype)
         predict.predict(step, [base[p] for base in bases], prediction)
-        np.subtract(new[p], prediction, out=out[p])
+        np.subtract(words[p], prediction, out=out[p])
+
+
+def _restored(step: Step, bases: Sequence[Words], residual: Words, out: Words) -> None:
+    for p in predict.pieces(out.size):
+        prediction = kernels.scratch("prediction", out[p].size, out.dtype)
+        predict.predict(step, [base[p] for base in bases], prediction)
+        np.add(residual[p], prediction, out=out[p])
+
+
+def _to_prediction(step: Step) -> Difference:
+    packed = native.packed(step.formula, step.flags, step.repeats, step.dtypes, step.scalars)
+    return Difference(packed, partial(_residual, step), partial(_restored, step))
 
 
 def encode_step(step: Step, bases: Sequence[Words], new: Words) -> memoryview:
@@ -127,6 +154,7 @@ def encode_step(step: Step, bases: Sequence[Words], new: Words) -> memoryview:
     header = _HEADER.pack(step.formula, step.flags, step.repeats, 0) + bytes(step.dtypes)
     header += struct.pack(f"<{len(step.scalars)}f", *step.scalars)
     shape = shape_of(new.size, new.itemsize)
+    difference = _to_prediction(step)
     with predict.quiet():
         picked, picked_new = [sample(base, *SAMPLE) for base in bases], sample(new, *SAMPLE)
         gradients: Writer | None = None
@@ -142,9 +170,7 @@ def encode_step(step: Step, bases: Sequence[Words], new: Words) -> memoryview:
                 inputs.append(kernels.scratch("gradients", b - a, np.uint16))
                 gradient_of(step, inputs[0], new[a:b], inputs[1])
                 gradients.put(inputs[1])
-            block = kernels.scratch("residual", b - a, new.dtype)
-            _residual(step, inputs, new[a:b], block)
-            writer.put(block)
+            writer.put(new[a:b], difference, inputs)
     pieces: list[bytes | memoryview] = [header]
     if gradients is not None:
         stream = gradients.finish()
@@ -180,7 +206,7 @@ def decode_step(codec: str, stored: memoryview, out: memoryview, bases: Sequence
     if step.formula == GRADIENT:
         (length,) = _LENGTH.unpack(take(4))
         gradients = Reader(take(length), count, widths.pop())
-    arrays = _base_words(bases, widths, count)
+    arrays, difference = _base_words(bases, widths, count), _to_prediction(step)
     with require_ieee(), predict.quiet(), kernels.writable(out, width) as words:
         reader = Reader(stored[take.at :], count, width)
         if gradients is not None and gradients.shape.block != reader.shape.block:
@@ -191,9 +217,4 @@ def decode_step(codec: str, stored: memoryview, out: memoryview, bases: Sequence
             if gradients is not None:
                 inputs.append(kernels.scratch("gradients", b - a, np.uint16))
                 gradients.block(n, inputs[-1])
-            block = kernels.scratch("residual", b - a, words.dtype)
-            reader.block(n, block)
-            for p in predict.pieces(b - a):
-                prediction = kernels.scratch("prediction", block[p].size, words.dtype)
-                predict.predict(step, [i[p] for i in inputs], prediction)
-                np.add(block[p], prediction, out=words[a:b][p])
+            reader.block(n, words[a:b], difference, inputs)

@@ -13,10 +13,9 @@ import numpy as np
 import zstandard
 
 from gpumove.errors import IntegrityError
-from gpumove.format import kernels
-from gpumove.format.kernels import Octets, Words
+from gpumove.format import kernels, native
+from gpumove.format.kernels import PLANE, QUADS, SPARSE, Octets
 
-PLANE, SPARSE, QUADS = 1, 2, 3
 _HEAD = struct.Struct("<I")
 _AS_IT_IS = 1 << 31
 _RARE, _SCATTERED, _FEW = 0.02, 0.2, 0.5
@@ -77,15 +76,15 @@ def compress(data: Any, level: int) -> bytes:
     return _contexts.compressor(level).compress(data)
 
 
-def _piece(data: Octets, level: int = 0) -> list[Any]:
-    if data.size >= _CRAMPED:
+def _piece(data: Any, level: int = 0) -> list[Any]:
+    if len(data) >= _CRAMPED:
         frame = compress(data, level)
-        if len(frame) < data.size:
+        if len(frame) < len(data):
             return [_HEAD.pack(len(frame)), frame]
-    return [_HEAD.pack(data.size | _AS_IT_IS), data.tobytes()]
+    return [_HEAD.pack(len(data) | _AS_IT_IS), bytes(data)]
 
 
-def _take_piece(take: Take, nbytes: int) -> Octets:
+def _take_piece(take: Take, nbytes: int) -> bytes | memoryview:
     (head,) = _HEAD.unpack(take(4))
     stored = take(head & ~_AS_IT_IS)
     if not head & _AS_IT_IS:
@@ -93,50 +92,53 @@ def _take_piece(take: Take, nbytes: int) -> Octets:
             declared = zstandard.frame_content_size(stored)
             if declared != nbytes:
                 raise IntegrityError(f"zstd frame declares {declared} bytes where {nbytes} were expected")
-            return np.frombuffer(_contexts.decompressor.decompress(stored, allow_extra_data=False), np.uint8)
+            return _contexts.decompressor.decompress(stored, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise IntegrityError(f"damaged zstd frame ({error})") from error
     if len(stored) != nbytes:
         raise IntegrityError(f"{len(stored)} stored bytes where {nbytes} were expected")
-    return np.frombuffer(stored, np.uint8)
+    return stored
 
 
-def encode_lane(block: Words, background: int, *, rare: bool, level: int) -> list[Any]:
-    """The pieces of one stored block; none at all if it is all background."""
-    plane: Octets = block.view(np.uint8)
-    if rare:
-        other = kernels.scratch("other", plane.size, np.bool_)
-        np.not_equal(plane, background, out=other)
-        count = int(np.count_nonzero(other))
-        if not count:
-            return []
-        if _RARE * plane.size <= count < _FEW * plane.size:
-            quads = kernels.scratch("packed_quads", -(-plane.size // 4), np.uint8)
-            more = kernels.gather_quads(plane, background, quads, limit=plane.size // 16)
-            if more is not None:
-                return [bytes([QUADS]), *_piece(quads), *_piece(more)]
-        if count < _SCATTERED * plane.size:
-            bitmap = np.packbits(other, bitorder="little")
-            return [bytes([SPARSE]), *_piece(bitmap), *_piece(plane[np.flatnonzero(other)])]
+def encode_lane(plane: Octets, background: int, *, others: int | None, level: int) -> list[Any]:
+    """The pieces of one stored block; none at all if it is all background.
+
+    ``others``: how many values are not the background, if they are expected to be few; else None.
+    """
+    if others == 0:
+        return []
+    if others is not None:
+        if _RARE * len(plane) <= others < _FEW * len(plane):
+            quads = kernels.pack_quads(plane, background, limit=len(plane) // 16)
+            if quads is not None:
+                return [bytes([QUADS]), *_piece(quads[0]), *_piece(quads[1])]
+        if others < _SCATTERED * len(plane):
+            bitmap, values = kernels.pack_sparse(plane, background, count=others)
+            return [bytes([SPARSE]), *_piece(bitmap), *_piece(values)]
     return [bytes([PLANE]), *_piece(plane, level)]
 
 
-def decode_lane(stored: memoryview, out: Octets, background: int) -> Octets:
+def decode_lane(stored: memoryview, out: Octets, background: int) -> bytes | memoryview:
     """The plane of one stored block, in ``out`` or in memory of its own."""
     take = Take(stored)
     kind = take(1)[0]
     if kind == PLANE:
         plane = _take_piece(take, out.size)
-        take.end()
-        return plane
-    if kind == SPARSE:
-        bitmap = _take_piece(take, -(-out.size // 8))
-        places = np.flatnonzero(np.unpackbits(bitmap, count=out.size, bitorder="little").view(np.bool_))
-        out.fill(background)
-    elif kind == QUADS:
-        places = kernels.spread_quads(_take_piece(take, -(-out.size // 4)), background, out)
+    elif kind in (SPARSE, QUADS):
+        codes = _take_piece(take, -(-out.size // (8 if kind == SPARSE else 4)))
+        _spread(kind, codes, background, out, take)
+        plane = out.data
     else:
         raise IntegrityError(f"a block of the unknown kind {kind}")
-    out[places] = _take_piece(take, places.size)
     take.end()
-    return out
+    return plane
+
+
+def _spread(kind: int, codes: bytes | memoryview, background: int, out: Octets, take: Take) -> None:
+    if native.core is not None:
+        others = _take_piece(take, native.core.others(kind, codes, out.size))
+        native.core.spread(kind, codes, background, others, out)
+        return
+    spread = kernels.spread_sparse if kind == SPARSE else kernels.spread_quads
+    places = spread(np.frombuffer(codes, np.uint8), background, out)
+    out[places] = np.frombuffer(_take_piece(take, places.size), np.uint8)

@@ -1,7 +1,9 @@
-"""The loops over elements, as flat functions on numpy arrays: one place to make faster. Knows no format, no chunk.
+"""The loops over elements, as flat functions on numpy arrays. Knows no format, no chunk.
 
-Everything works on blocks of about 1 MiB: what one loop leaves, the next finds in the cache. Arrays that a loop needs
-for itself come from ``scratch``, which a thread keeps: a fresh megabyte costs more in page faults than most loops take.
+The native core replaces most of them where it is built, and what is stored is the same: these are the reference, and
+what runs elsewhere. Everything works on blocks of about 1 MiB: what one loop leaves, the next finds in the cache. What
+a loop needs for itself comes from ``scratch``, which a thread keeps: a fresh megabyte costs more in page faults than
+most loops take.
 """
 
 from __future__ import annotations
@@ -14,11 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpumove.format import native
+
 Words = NDArray[Any]
 """Elements as unsigned integers of their width."""
 Octets = NDArray[np.uint8]
 
 BLOCK_BYTES = 1 << 20
+PLAIN, FLOATS, CENTRED = range(3)
+"""What is done to words before they are cut: nothing; sign and exponent apart; differences moved by CENTRES."""
+PLANE, SPARSE, QUADS = 1, 2, 3
+"""Kinds of packed bytes."""
 CENTRES = {width: int.from_bytes(b"\x80" * width, "little") for width in (1, 2, 4, 8)}
 """Added to a difference, its bytes are digits that lie around 0x80: small steps either way change the lowest only."""
 UNSIGNED: dict[int, Any] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
@@ -44,23 +52,20 @@ def scratch(name: str, count: int, dtype: np.dtype[Any] | type) -> Words:
 
 def words(data: Any, width: int) -> Words:
     """A buffer as unsigned integers, without a copy where its address allows."""
-    flat: Octets = np.frombuffer(data, np.uint8)
-    if flat.__array_interface__["data"][0] % width:
-        flat = flat.copy()
-    found: Words = flat.view(UNSIGNED[width])
-    return found
+    found: Words = np.frombuffer(data, UNSIGNED[width])
+    return found if found.flags.aligned else found.copy()
 
 
 @contextmanager
 def writable(out: memoryview, width: int) -> Iterator[Words]:
     """A buffer to fill, as words; by way of a copy where its address does not allow it."""
-    flat: Octets = np.frombuffer(out, np.uint8)
-    if not flat.__array_interface__["data"][0] % width:
-        yield flat.view(UNSIGNED[width])
+    found: Words = np.frombuffer(out, UNSIGNED[width])
+    if found.flags.aligned:
+        yield found
         return
-    aligned = np.empty(flat.size, np.uint8)
-    yield aligned.view(UNSIGNED[width])
-    flat[:] = aligned
+    aligned = np.empty_like(found)
+    yield aligned
+    found[:] = aligned
 
 
 def low_half(block: Words, out: Words) -> None:
@@ -121,8 +126,15 @@ def join_float(exponent: Octets | int, rest: Octets | int, out: NDArray[np.uint1
     np.bitwise_or(out, upper, out=out)
 
 
-def fold(plane: Octets, out: Octets) -> None:
-    """Seven bits per byte: the last eighth of the bytes goes into the free top bits of the seven others."""
+def fold(plane: Octets, out: Octets) -> bool:
+    """Seven bits per byte: the last eighth of the bytes goes into the free top bits of the seven others.
+
+    False, and nothing in ``out``, if a top bit is set.
+    """
+    if native.core is not None:
+        return native.core.fold(plane, out)
+    if plane.max() > 0x7F:
+        return False
     part = plane.size // 8
     out[:] = plane[: plane.size - part]
     last, bits = plane[plane.size - part :], scratch("fold", part, np.uint8)
@@ -131,10 +143,14 @@ def fold(plane: Octets, out: Octets) -> None:
         np.bitwise_and(bits, 0x80, out=bits)
         piece = out[n * part : (n + 1) * part]
         np.bitwise_or(piece, bits, out=piece)
+    return True
 
 
 def unfold(folded: Octets, out: Octets) -> None:
     """The inverse of ``fold``."""
+    if native.core is not None:
+        native.core.unfold(folded, out)
+        return
     part = out.size // 8
     np.bitwise_and(folded, 0x7F, out=out[: out.size - part])
     last, bits = out[out.size - part :], scratch("fold", part, np.uint8)
@@ -147,6 +163,9 @@ def unfold(folded: Octets, out: Octets) -> None:
 
 def round_bfloat16(bits: NDArray[np.uint32], out: NDArray[np.uint16]) -> None:
     """The upper half of float32 bits, rounded to nearest, ties to even, as integers: whatever they may mean."""
+    if native.core is not None:
+        native.core.rounded(1, bits, out)
+        return
     up = scratch("round_bfloat16", bits.size, np.uint32)
     np.right_shift(bits, 16, out=up)
     np.bitwise_and(up, 1, out=up)
@@ -156,12 +175,15 @@ def round_bfloat16(bits: NDArray[np.uint32], out: NDArray[np.uint16]) -> None:
     np.copyto(out, up, casting="unsafe")
 
 
-def gather_quads(plane: Octets, background: int, out: Octets, *, limit: int) -> Octets | None:
-    """Four values to a byte, 2 bits each: 0 the background, 1 and 2 one less and one more, 3 all others, returned.
+def pack_quads(plane: Octets, background: int, *, limit: int) -> tuple[Any, Any] | None:
+    """Four values to a byte, 2 bits each: 0 the background, 1 and 2 one less and one more, 3 all others; and those.
 
-    None if there would be more than ``limit`` others; nothing is in ``out`` then.
+    None if there would be more than ``limit`` others.
     """
-    folded = scratch("quads", 4 * out.size, np.uint8)
+    if native.core is not None:
+        return native.core.pack(QUADS, plane, background, limit)
+    quads = scratch("packed quads", -(-plane.size // 4), np.uint8)
+    folded = scratch("quads", 4 * quads.size, np.uint8)
     folded[plane.size :] = 0
     values, sign = folded[: plane.size], scratch("quads sign", plane.size, np.int8)
     np.subtract(plane, background, out=values)
@@ -177,8 +199,19 @@ def gather_quads(plane: Octets, background: int, out: Octets, *, limit: int) -> 
     packed = folded.view("<u4")
     np.multiply(packed, 0x01041040, out=packed)
     np.right_shift(packed, 24, out=packed)
-    np.copyto(out, packed, casting="unsafe")
-    return others
+    np.copyto(quads, packed, casting="unsafe")
+    return quads, others
+
+
+def pack_sparse(plane: Octets, background: int, *, count: int) -> tuple[Any, Any]:
+    """A bit for every value, and the ``count`` that are not the background."""
+    if native.core is not None:
+        found = native.core.pack(SPARSE, plane, background, count)
+        assert found is not None
+        return found
+    other = scratch("sparse", plane.size, np.bool_)
+    np.not_equal(plane, background, out=other)
+    return np.packbits(other, bitorder="little"), plane[np.flatnonzero(other)]
 
 
 _OTHER = 0x80
@@ -187,7 +220,7 @@ _QUADS = np.frombuffer(bytes(_VALUES[n >> shift & 3] for n in range(256) for shi
 
 
 def spread_quads(quads: Octets, background: int, out: Octets) -> NDArray[np.intp]:
-    """The inverse, but for the other values: returns where they are."""
+    """The inverse of ``pack_quads``, but for the other values: returns where they are."""
     spread = scratch("quads", quads.size, np.dtype("<u4"))
     np.take(_QUADS, quads, out=spread, mode="wrap")
     np.copyto(out, spread.view(np.uint8)[: out.size])
@@ -196,6 +229,28 @@ def spread_quads(quads: Octets, background: int, out: Octets) -> NDArray[np.intp
     return others
 
 
-def histogram(plane: Octets) -> NDArray[np.float64]:
-    """How often every byte occurs."""
-    return np.bincount(plane, minlength=256).astype(np.float64)
+def spread_sparse(bitmap: Octets, background: int, out: Octets) -> NDArray[np.intp]:
+    """The same for ``pack_sparse``."""
+    out.fill(background)
+    return np.flatnonzero(np.unpackbits(bitmap, count=out.size, bitorder="little").view(np.bool_))
+
+
+def count_others(plane: Octets, background: int) -> int:
+    """Of the values that are not the background."""
+    other = scratch("others", plane.size, np.bool_)
+    return int(np.count_nonzero(np.not_equal(plane, background, out=other)))
+
+
+def count_bytes(words: Words, transform: int) -> NDArray[np.float64]:
+    """How often every value of every byte occurs in the transformed words, the lowest byte first."""
+    width = words.itemsize
+    if native.core is not None:
+        counts: NDArray[np.uint32] = np.frombuffer(native.core.count(width, transform, words), np.uint32)
+        return counts.reshape(width, 256).astype(np.float64)
+    if transform == CENTRED:
+        words = words + words.dtype.type(CENTRES[width])
+    planes = words.view(np.uint8).reshape(-1, width).T.copy()
+    if transform == FLOATS:
+        top = np.ascontiguousarray(words.view(np.uint16)[width // 2 - 1 :: width // 2])
+        split_float(top, exponent=planes[-1], rest=planes[-2])
+    return np.array([np.bincount(plane, minlength=256) for plane in planes], np.float64)

@@ -6,11 +6,13 @@ is, exponents go through Huffman, and of differences that are nearly always 0 on
 
 from __future__ import annotations
 
+import struct
+from functools import lru_cache
 from typing import NamedTuple
 
-from gpumove.format.kernels import BLOCK_BYTES
+from gpumove.errors import IntegrityError
+from gpumove.format.kernels import BLOCK_BYTES, CENTRED, FLOATS, PLAIN
 
-PLAIN, FLOATS, CENTRED = range(3)
 CONSTANT, RAW, SEVEN, CODED = range(4)
 MODES = (CONSTANT, RAW, SEVEN, CODED)
 
@@ -40,13 +42,6 @@ class Layout(NamedTuple):
     """FLOATS: sign and exponent of 8 bits are first put into bytes of their own. CENTRED: the words are differences."""
     lanes: tuple[Lane, ...]
 
-    @property
-    def thin(self) -> bool:
-        """Nearly all words are differences that fit into the lowest byte."""
-        low, *high = sorted(self.lanes)
-        alike = all(lane.rare and lane.background == 0x80 for lane in high)
-        return self.transform == CENTRED and low.width == 1 and alike
-
 
 class Shape(NamedTuple):
     """Where blocks begin: all but the last have ``block`` words."""
@@ -69,7 +64,7 @@ def shape_of(count: int, width: int) -> Shape:
     return Shape(count, BLOCK_BYTES // width)
 
 
-def stored_bytes(lane: Lane, shape: Shape) -> int:
+def size_of(lane: Lane, shape: Shape) -> int:
     """Of a lane whose size does not depend on its content."""
     if lane.mode == CONSTANT:
         return lane.width
@@ -109,3 +104,60 @@ class Tree:
             else:
                 waiting += [(at, size // 2), (at + size // 2, size // 2)]
         return seen == len(lanes)
+
+
+_FIXED = struct.Struct("<4B")
+_LANE = struct.Struct("<4B")
+
+
+class Plan(NamedTuple):
+    """How words of one layout are written, as far as the words do not matter. ``layout``: in the order of storing."""
+
+    layout: Layout
+    shape: Shape
+    tree: Tree
+    head: bytes
+    """A stream's first bytes, up to its lanes; the native core takes a layout so, too."""
+    header_bytes: int
+    starts: tuple[int, ...]
+    """Where the lanes begin that are stored as they are; those are first: their places are known, so they are written
+    there at once."""
+    fixed_bytes: int
+    rare: int
+    """The set of lanes that are nearly all background."""
+    thin: bool
+    """Nearly all words are differences that fit into the lowest byte."""
+
+
+@lru_cache(256)
+def plan_of(layout: Layout, shape: Shape) -> Plan:
+    """Small chunks are many and alike: to make this anew for each would take as long as to code it."""
+    lanes = tuple(sorted(layout.lanes, key=lambda lane: (lane.mode == CODED, -lane.width, lane.start)))
+    layout = layout._replace(lanes=lanes)
+    head = _FIXED.pack(layout.width, layout.transform, shape.block.bit_length() - 1, len(lanes))
+    head += b"".join(_LANE.pack(lane.start, lane.width, lane.mode, lane.background) for lane in lanes)
+    sizes = 4 * shape.blocks * sum(lane.mode == CODED for lane in lanes)
+    header_bytes = -(-(len(head) + sizes) // 8) * 8
+    starts = [header_bytes]
+    for lane in lanes:
+        starts.append(starts[-1] + (0 if lane.mode == CODED else size_of(lane, shape)))
+    rare = sum(1 << n for n, lane in enumerate(lanes) if lane.rare)
+    low, *high = sorted(lanes)
+    alike = all(lane.rare and lane.background == 0x80 for lane in high)
+    thin = layout.transform == CENTRED and low.width == 1 and alike
+    return Plan(layout, shape, Tree(layout), head, header_bytes, tuple(starts), starts[-1], rare, thin)
+
+
+@lru_cache(256)
+def read_layout(head: bytes) -> tuple[Layout, Tree]:
+    """The layout that a stream begins with.
+
+    Raises:
+        IntegrityError: there is no such layout.
+    """
+    width, transform, _, lanes = _FIXED.unpack_from(head)
+    layout = Layout(width, transform, tuple(Lane(*_LANE.unpack_from(head, 4 + 4 * n)) for n in range(lanes)))
+    tree = Tree(layout)
+    if not tree.is_sound():
+        raise IntegrityError("the lanes of a stream do not make up its words")
+    return layout, tree

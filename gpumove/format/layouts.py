@@ -6,6 +6,7 @@ Huffman reaches within two per cent on planes of floats and residuals.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 
 from gpumove.format import kernels
 from gpumove.format.entropy import compress
-from gpumove.format.kernels import Octets, Words
-from gpumove.format.lanes import CENTRED, CODED, CONSTANT, FLOATS, PLAIN, RAW, SEVEN, Lane, Layout
+from gpumove.format.kernels import FLOATS, PLAIN, Words
+from gpumove.format.lanes import CODED, CONSTANT, RAW, SEVEN, Lane, Layout
 
 _NOISE_BITS, _SEVEN_BITS = 7.7, 6.8
 _RARE_SHARE = 0.6
@@ -31,39 +32,26 @@ def sample(words: Words, runs: int, run: int) -> Words:
     return found
 
 
-def _byte_planes(words: Words, transform: int) -> list[Octets]:
-    """Every byte of the words by itself, the lowest first."""
-    if transform == CENTRED:
-        words = words + words.dtype.type(kernels.CENTRES[words.itemsize])
-    columns = np.ascontiguousarray(words.view(np.uint8).reshape(-1, words.itemsize).T)
-    planes = list(columns)
-    if transform == FLOATS:
-        half = words.itemsize // 2
-        top = np.ascontiguousarray(words.view(np.uint16)[half - 1 :: half])
-        kernels.split_float(top, exponent=planes[-1], rest=planes[-2])
-    return planes
-
-
-def _bits(counts: NDArray[np.float64]) -> float:
-    """Entropy of one byte, with the usual correction for what a sample has not seen."""
-    seen = counts[counts > 0]
-    total = float(seen.sum())
-    return float(np.log2(total) - (seen * np.log2(seen)).sum() / total + (seen.size - 1) / (2 * total * np.log(2)))
+def _bits(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Entropy of each byte, with the usual correction for what a sample has not seen."""
+    total = counts[0].sum()
+    spent = (counts * np.log2(np.maximum(counts, 1))).sum(axis=1) / total
+    seen = np.count_nonzero(counts, axis=1)
+    found: NDArray[np.float64] = np.log2(total) - spent + (seen - 1) / (2 * total * np.log(2))
+    return found
 
 
 def estimate_bits(words: Words, transform: int) -> float:
     """Bits per word if every byte is coded by itself."""
     if not words.size:
         return 0.0
-    return sum(min(8.0, _bits(kernels.histogram(plane))) for plane in _byte_planes(words, transform))
+    return float(np.minimum(_bits(kernels.count_bytes(words, transform)), 8.0).sum())
 
 
-def _lane(at: int, plane: Octets) -> Lane:
-    counts = kernels.histogram(plane)
+def _lane(at: int, counts: NDArray[np.float64], bits: float) -> Lane:
     common = int(counts.argmax())
-    if counts[common] > _RARE_SHARE * plane.size:
+    if counts[common] > _RARE_SHARE * counts.sum():
         return Lane(at, 1, CODED, common, rare=True)
-    bits = _bits(counts)
     if bits > _NOISE_BITS:
         return Lane(at, 1, RAW)
     if bits > _SEVEN_BITS and not counts[128:].any():
@@ -88,12 +76,14 @@ def layout_for(words: Words, transform: int) -> Layout:
     width = words.itemsize
     if words.size == 0:
         return Layout(width, PLAIN, (Lane(0, width, RAW),))
-    lanes = [_lane(at, plane) for at, plane in enumerate(_byte_planes(words, transform))]
+    counts = kernels.count_bytes(words, transform)
+    lanes = [_lane(at, *found) for at, found in enumerate(zip(counts, _bits(counts).tolist()))]
     if transform == FLOATS and lanes[-1].mode == RAW:
         return layout_for(words, PLAIN)
     return Layout(width, transform, tuple(_merge(lanes, floats=transform == FLOATS)))
 
 
+@lru_cache
 def plain_layout(width: int, transform: int) -> Layout:
     """For chunks too small to be worth a look."""
     if transform != FLOATS:

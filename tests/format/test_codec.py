@@ -16,6 +16,8 @@ from gpumove.format.codec import decode, digest, find
 from gpumove.format.coding import Coded, Coder, Field
 from tests.format.states import DTYPES, bases_of, decoded, nudged, rule, stepped, values
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 CODECS = ["raw/1", "planes/1", "sub/1", "round/1", "adam/1", "momentum/1"]
 
 

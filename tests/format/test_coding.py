@@ -15,6 +15,8 @@ from gpumove.format.coding import Coder, Field, Hyper, Rule, Source
 from tests.format import reference
 from tests.format.states import DTYPES, bases_of, decoded, nudged, rule, stepped, tensor_bytes, values, view
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 Make = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 SIZES = (0, 1, 2, 7, 63, 64, 1023, 2050, 4099)
 KINDS = ("bits", "noise", "edges", "runs", "same")

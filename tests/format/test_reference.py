@@ -10,6 +10,8 @@ from tests.format.golden import GOLDEN
 from tests.format.states import bases_of
 from tests.format.test_codec import chunks
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def test_the_page_is_enough_to_decode() -> None:
     for fields, coded, n in chunks(5003):
