@@ -78,7 +78,7 @@ class Soak:
         allowed = 2 * self.state_bytes + self.budget_bytes + slack_bytes
         if self.above_bytes > allowed:
             found.append(
-                f"saving took {self.above_bytes / _MIB:.0f} MiB; two staged copies, budget and slack are {_mib(allowed)}"
+                f"saving took {_mib(self.above_bytes)}; two staged copies, budget and slack are {_mib(allowed)}"
             )
         if self.growth_bytes > growth_bytes:
             found.append(f"memory grew by {_mib(self.growth_bytes)} over {len(self.steady)} saves")
