@@ -42,6 +42,8 @@ class StepLog:
             ratio: bytes sent over bytes of state.
             in_time: it was done before the next step was.
         """
+        if not self._on:
+            return
         apart = step - self._last if self._last is not None else self._every
         self._last = step
         if apart == 1:

@@ -64,7 +64,10 @@ def test_single_steps_that_are_not_done_in_time_are_given_up() -> None:
 )
 def test_where_it_cannot_pay_it_is_off(every: int, settings: dict[str, object]) -> None:
     steps = StepLog(Config(**{"every_steps": every, "step_log": "auto", **settings}))  # type: ignore[arg-type]
+    for step in range(1, 40):
+        steps.came_out(step, 0.1, in_time=True)
     assert not steps.watching
+    assert not steps.wants()
 
 
 @pytest.mark.parametrize(("kind", "single"), [(Mixed, True), (Plain, False)])
