@@ -103,6 +103,7 @@ class Checkpointer:
         self._last: SaveHandle | None = None
         self._snapshot: Snapshot | None = None
         self._restored: Contents | None = None
+        self._resumed = False
         self._runner.settle_at_exit()
 
     def __enter__(self) -> Checkpointer:
@@ -244,6 +245,7 @@ class Checkpointer:
             _log.debug("the first save will not be a difference: %s", error)
             return
         self._runner.follow_on(table, self._snapshot, layout, capture)
+        self._resumed = True
 
     def _stage(self, capture: Capture, trace: Trace | None = None) -> tuple[Layout, Snapshot]:
         layout = self._planner.lay_out(capture, self._runner.mutable)
@@ -324,8 +326,9 @@ class Checkpointer:
             self._planner.agree(capture)
         layout = self._planner.lay_out(capture, self._runner.mutable)
         if not verdict.save:
-            if verdict.replan:
+            if verdict.replan or self._resumed:
                 self._runner.prepare(layout.sources)
+            self._resumed = False
             return
         self._runner.settle(self._last, abandon=True)
         handle = self._last = self._runner.begin(step, verdict.serial)

@@ -93,7 +93,6 @@ class Runner:
         keep = self.keeps(snapshot.nbytes)
         self._stager.keep(snapshot if keep else None)
         self._pending.append(self._thread.submit(self._adopt, table, snapshot, layout, capture, keep))
-        self.prepare(layout.sources)
 
     def _adopt(
         self, table: dict[ChunkKey, Stored], snapshot: Snapshot, layout: Layout, capture: Capture, keep: bool
