@@ -109,7 +109,8 @@ class Loop:
                 console.print(f"{self.tally.kills}/{self._options.kills} {self._last_words}", highlight=False)
 
     def _aim(self) -> str:
-        number = self.tally.kills
+        # A fresh run never does what some aims wait for: it reaches its end, and the next one gets another aim.
+        number = self.tally.kills + self.tally.runs
         return "" if number % 2 else _AIMS[number // 2 % len(_AIMS)]
 
     def _one_life(self, run: Run, aim: str | None) -> bool:
