@@ -36,8 +36,6 @@ class Stager:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._watch = Watch()
         self._order: _Order | None = None
-        self._where: dict[int, memoryview] = {}
-        """Where the newest copy of each source lies."""
         self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     @property
@@ -96,7 +94,7 @@ class Stager:
         snapshot = Snapshot(side.slots, side.arena.reserve(0, pin=False), number, trace or Trace(on=False))
         looked = [i for i in order.watched if i in self._watch.candidates] if self._watch.candidates else []
         copied = sorted(set(order.later) - set(looked)) if looked else order.later
-        work = _Work(snapshot, side.copies, sources, at_once, copied, looked)
+        work = _Work(snapshot, self._current, side.copies, sources, at_once, copied, looked)
         self._copy(work, order.now)
         snapshot._watched = [(i, sources[i], sources[i]._version) for i in order.watched]
         self._mark(work)  # before the copies: the sooner it is known what is left to copy
@@ -173,7 +171,6 @@ class Stager:
                 changed = self._look(work)
                 self._enqueue(work, [i for i in changed if work.sources[i].is_cuda])
                 self._copy(work, [i for i in (*work.copied, *changed) if not work.sources[i].is_cuda])
-                self._where.update((i, snapshot.view(i)) for i in range(len(work.sources)))
                 snapshot._on_host.set()
                 for _, event in snapshot._events:
                     event.synchronize()
@@ -188,7 +185,8 @@ class Stager:
             event.synchronize()
         marks = {i: fingerprint(work.sources[i], work.marks.get(i)) for i in work.looked}
         changed = self._watch.changed(marks)
-        work.snapshot._unchanged = {i: self._where[i] for i in set(work.looked) - set(changed)}
+        if work.before is not None:
+            work.snapshot._unchanged = {i: work.before.view(i) for i in set(work.looked) - set(changed)}
         return changed
 
     def close(self) -> None:
@@ -197,7 +195,6 @@ class Stager:
         if self._current is not None:
             self._current._done.wait()
         self._current = self._kept = None
-        self._where = {}
         for side in self._sides:
             side.release()
 
@@ -214,9 +211,11 @@ class _Order(NamedTuple):
 
 @dataclass
 class _Work:
-    """One snapshot in the making: ``copied`` are copied later in any case, ``looked`` only if they changed."""
+    """One snapshot in the making: ``copied`` are copied later in any case, ``looked`` only if they changed since the
+    snapshot ``before``, which has the newest copy of everything."""
 
     snapshot: Snapshot
+    before: Snapshot | None
     copies: Sequence[torch.Tensor]
     sources: Sequence[torch.Tensor]
     at_once: Sequence[bool]
