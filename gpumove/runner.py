@@ -24,10 +24,9 @@ from gpumove.format import keys
 from gpumove.format.manifest import Checkpoint
 from gpumove.format.stored import Stored
 from gpumove.handle import SaveHandle
-from gpumove.save.chunks import ChunkKey, data_of
-from gpumove.save.predecessor import InMemory, Predecessor, keeps_in_memory
+from gpumove.save.chunks import ChunkKey
+from gpumove.save.predecessor import Predecessor, keeps_in_memory
 from gpumove.save.request import Request
-from gpumove.save.units import steps_of
 from gpumove.save.writer import PartWriter, say_failure
 from gpumove.state.arena import staged_bytes
 from gpumove.state.capture import Capture
@@ -99,14 +98,8 @@ class Runner:
     ) -> None:
         with contextlib.suppress(ConfigError):  # torn ones too: every base is compared with its digest before use
             snapshot.wait()
-        pieces = self._writer.cut(layout.items)
-        disk = self._writer.disk(keep=keep)
-        if disk is not None:
-            for task in pieces.tasks:
-                disk.put(task.key, data_of(task, snapshot))
-        held = InMemory(snapshot, pieces.places) if keep else disk
-        rules, steps = settled(capture.rules, layout.scalars, snapshot.view), steps_of(layout.items, snapshot)
-        self._writer.adopt(Predecessor(table, held, rules, steps))
+        rules = settled(capture.rules, layout.scalars, snapshot.view)
+        self._writer.follow(table, layout.items, snapshot, rules=rules, keep=keep)
 
     def take_predecessor(self, table: dict[ChunkKey, Stored]) -> None:
         """What a restored checkpoint holds, without its bytes: unchanged chunks are recognised by their digests."""

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -28,9 +28,10 @@ from gpumove.format.coding import Coder
 from gpumove.format.manifest import FORMAT, Pack
 from gpumove.format.manifest import encode as to_json
 from gpumove.format.pack import PackItem, box_name, build
+from gpumove.format.stored import Stored
 from gpumove.save.assemble import Heading, Placement, Written, assemble
 from gpumove.save.chain import Chain
-from gpumove.save.chunks import Bytes, Cut, Task, cut
+from gpumove.save.chunks import Bytes, ChunkKey, Cut, Task, cut, data_of
 from gpumove.save.pace import Pace
 from gpumove.save.predecessor import InMemory, OnDisk, Predecessor
 from gpumove.save.request import PartStats, Request
@@ -76,6 +77,23 @@ class PartWriter:
         self._predecessor.close()
         self._predecessor = predecessor
 
+    def follow(
+        self,
+        table: dict[ChunkKey, Stored],
+        items: Sequence[Item],
+        snapshot: Bytes,
+        *,
+        rules: Mapping[str, Mapping[str, float]],
+        keep: bool,
+    ) -> None:
+        """Go on from a part that was restored: ``snapshot`` is what ``table`` refers to."""
+        pieces, disk = self.cut(items), self._disk(keep=keep)
+        if disk is not None:
+            for task in pieces.tasks:
+                disk.put(task.key, data_of(task, snapshot))
+        held = InMemory(snapshot, pieces.places) if keep else disk
+        self.adopt(Predecessor(table, held, rules, steps_of(items, snapshot)))
+
     def cut(self, items: Sequence[Item]) -> Cut:
         """The items cut into chunks; kept while the items are the same object."""
         if self._cached is None or self._cached[0] is not items:
@@ -94,9 +112,11 @@ class PartWriter:
         began = time.perf_counter()
         stats = PartStats()
         pieces = self.cut(request.items)
-        disk = self.disk(keep=request.keep)
+        disk, steps = self._disk(keep=request.keep), steps_of(request.items, snapshot)
+        before = self._predecessor
+        material = Material(request.items, pieces, snapshot, before, request.rules, steps, disk, request.trace)
         try:
-            written = self._write_chunks(request, pieces, snapshot, stats, disk)
+            written = self._write_chunks(request, material, stats)
             heading = Heading(
                 request.run, request.attempt, request.rank, request.world_size, request.step, request.values
             )
@@ -116,12 +136,12 @@ class PartWriter:
                 disk.close()
             raise
         held = InMemory(snapshot, pieces.places) if request.keep else disk
-        self.adopt(Predecessor(table, held, request.rules, steps_of(request.items, snapshot)))
+        self.adopt(Predecessor(table, held, request.rules, steps))
         self._pace.end(stats.state_bytes - stats.clean_bytes)
         stats.seconds = time.perf_counter() - began
         return key, stats
 
-    def disk(self, *, keep: bool) -> OnDisk | None:
+    def _disk(self, *, keep: bool) -> OnDisk | None:
         """Where a save's bytes are kept for the next one, if memory is not the place."""
         config = self._config
         if keep or not config.delta or config.codec == "raw" or config.predecessor_dir is None:
@@ -140,12 +160,10 @@ class PartWriter:
         self._uploads.shutdown()
         self._predecessor.close()
 
-    def _write_chunks(
-        self, request: Request, pieces: Cut, snapshot: Bytes, stats: PartStats, disk: OnDisk | None
-    ) -> Written:
+    def _write_chunks(self, request: Request, material: Material, stats: PartStats) -> Written:
         """Digest, code, pack and put every chunk that is too large to travel inline."""
         written = Written()
-        config = self._config
+        config, pieces = self._config, material.pieces
         ahead = 2 * config.workers
         budget = ByteBudget(
             config.budget_bytes - config.pack_bytes - ahead * max(pieces.unit_bytes, config.chunk_bytes)
@@ -165,7 +183,7 @@ class PartWriter:
         self._chain.begin()
         changed: set[int] = set()
         try:
-            for index, answer in self._coded(request, pieces, snapshot, disk):
+            for index, answer in self._coded(request, material):
                 task, item = pieces.tasks[index], request.items[pieces.tasks[index].item]
                 written.outcomes[index] = answer.outcome
                 stats.state_bytes += task.nbytes
@@ -187,14 +205,9 @@ class PartWriter:
         stats.clean = frozenset(pieces.tasks[i].source for i in written.outcomes) - changed
         return written
 
-    def _coded(
-        self, request: Request, pieces: Cut, snapshot: Bytes, disk: OnDisk | None
-    ) -> Iterator[tuple[int, Answer]]:
+    def _coded(self, request: Request, material: Material) -> Iterator[tuple[int, Answer]]:
         """Outcomes in the order of batches, computed a few batches ahead."""
         waiting: deque[tuple[list[list[int]], Future[list[list[Answer]]]]] = deque()
-        before = self._predecessor
-        steps = steps_of(request.items, snapshot)
-        material = Material(request.items, pieces, snapshot, before, request.rules, steps, disk, request.trace)
         coder = UnitCoder(material, self._coder, self._chain, self._pace)
 
         def code(batch: list[list[int]]) -> list[list[Answer]]:
@@ -208,7 +221,7 @@ class PartWriter:
                     yield from zip(unit, answers)
 
         try:
-            for batch in pieces.batches:
+            for batch in material.pieces.batches:
                 waiting.append((batch, self._workers.submit(code, batch)))
                 yield from drain(2 * self._config.workers - 1)
             yield from drain(0)
