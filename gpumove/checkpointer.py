@@ -32,7 +32,6 @@ from gpumove.state.snapshot import Snapshot
 from gpumove.state.staging import Stager
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
-from gpumove.tracing import Trace
 
 _log = logging.getLogger("gpumove")
 
@@ -247,9 +246,9 @@ class Checkpointer:
         self._runner.follow_on(table, self._snapshot, layout, capture)
         self._resumed = True
 
-    def _stage(self, capture: Capture, trace: Trace | None = None) -> tuple[Layout, Snapshot]:
+    def _stage(self, capture: Capture) -> tuple[Layout, Snapshot]:
         layout = self._planner.lay_out(capture, self._runner.mutable)
-        return layout, self._stager.stage(layout.sources, layout.at_once, trace)
+        return layout, self._stager.stage(layout.sources, layout.at_once)
 
     # ---------------------------------------------------------------- save
 

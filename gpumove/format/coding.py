@@ -49,7 +49,6 @@ _GAIN = 1 / 256
 """Of the raw size, what a slower way has to save beyond a faster one: once for sub, twice for a prediction, and once
 more for each time that it goes over the state again."""
 _FLOATS = frozenset({"float32", "bfloat16", "complex64"})
-_ORDER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "master", "parameter", "copy")
 
 
 class Coded(NamedTuple):

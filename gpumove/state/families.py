@@ -75,10 +75,9 @@ def rule_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Rule 
 
     It never raises: groups hold what their optimizers and schedulers like.
     """
-    states = [s for p in group["params"] if p.requires_grad and (s := optimizer.state.get(p))]
-    if not states:
+    state = next((s for p in group["params"] if p.requires_grad and (s := optimizer.state.get(p))), None)
+    if state is None:
         return None
-    state = states[0]
     given: dict[str, Any] = {"step": state.get("step", group.get("step", 0))}
     if {"exp_avg", "exp_avg_sq"} <= state.keys():
         kind, betas = "adam", group.get("betas")
