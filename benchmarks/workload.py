@@ -37,13 +37,14 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """GPT-2's shape, with the embedding shared by input and output."""
+    """GPT-2's shape; input and output share the embedding unless they are to be told apart (``tied=False``)."""
 
-    def __init__(self, *, vocabulary: int, width: int, layers: int, context: int = 1024) -> None:
+    def __init__(self, *, vocabulary: int, width: int, layers: int, context: int = 1024, tied: bool = True) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
+        self.head = None if tied else nn.Linear(width, vocabulary, bias=False)
         # As GPT-2 does it. With torch's defaults the tied output is so sure of itself that gradients vanish, and state
         # that does not change makes every checkpointer look good.
         for name, parameter in self.named_parameters():
@@ -56,7 +57,7 @@ class Decoder(nn.Module):
         x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return functional.linear(self.norm(x), self.tokens.weight)
+        return functional.linear(self.norm(x), (self.tokens if self.head is None else self.head).weight)
 
 
 def decoder(size_mb: float, *, layers: int = 12) -> Decoder:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks.codec.model import Gpt, adapt
+from benchmarks.codec.model import adapt
 from benchmarks.codec.regimes import Regime, Scale
+from benchmarks.workload import Decoder
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 _SEED = 20
@@ -29,7 +30,8 @@ class Training:
         self._tokens = torch.from_numpy(tokens)
         self._random = torch.Generator().manual_seed(_SEED)
         self._mixed = regime.precision == "mixed"
-        model = Gpt(vocabulary=scale.vocabulary, width=scale.width, layers=scale.layers, context=scale.context)
+        shape = {"vocabulary": scale.vocabulary, "width": scale.width, "layers": scale.layers, "context": scale.context}
+        model = Decoder(**shape, tied=False)
         if weights is not None:
             model.load_state_dict(dict(weights))
         if regime.adapters:
