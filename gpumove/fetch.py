@@ -16,17 +16,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from gpumove.config import Config
 from gpumove.errors import GpumoveError, IntegrityError, ObjectNotFoundError
 from gpumove.format.codec import check_digest, decode
-from gpumove.format.dtypes import item_bytes
-from gpumove.format.manifest import Chunk
-from gpumove.format.pack import shape_bytes
 from gpumove.format.stored import Spot, Stored, closure
 from gpumove.ranges import Group, Span, Wanted, groups, spans
 from gpumove.store.objects import Store
-
-
-def chunk_bytes(dtype: str, chunk: Chunk) -> int:
-    """Decoded bytes of a chunk."""
-    return shape_bytes(chunk.shape, item_bytes(dtype))
 
 
 def inline_data(name: str, text: str, nbytes: int) -> memoryview:
@@ -88,7 +80,7 @@ def fetch(
     """
     for want in wanted:
         if want.placed.inline is not None:
-            want.use(inline_data(want.name, want.placed.inline, want.nbytes))
+            want.use(inline_data(want.name, want.placed.inline, want.placed.nbytes))
     todo = groups(wanted)
     buffers = Buffers()
     widest = max((group.held_bytes for group in todo), default=1)

@@ -19,7 +19,6 @@ class Wanted(NamedTuple):
 
     name: str
     placed: Placed
-    nbytes: int
     use: Callable[[memoryview], None]
 
 

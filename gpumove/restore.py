@@ -125,7 +125,7 @@ def _wanted(targets: Mapping[str, torch.Tensor], stored: Mapping[str, list[Place
                 covered += common.volume()
                 into = local[_within(common, box.offset)]
                 use = partial(_place, into=into, chunk=chunk.box, part=common)
-                found.append(Wanted(fqn, chunk, chunk.box.volume() * local.dtype.itemsize, use))
+                found.append(Wanted(fqn, chunk, use))
         if covered != box.volume():
             raise IntegrityError(
                 f"the checkpoint has {covered} of the {box.volume()} elements of {fqn} that this rank needs",

@@ -51,9 +51,13 @@ class Stored:
 
 
 class Placed(NamedTuple):
-    """A box of a tensor and its bytes: a stored chunk, or the base64 text that travels in the part."""
+    """A box of a tensor and its bytes: a stored chunk, or the base64 text that travels in the part.
+
+    ``nbytes`` are decoded.
+    """
 
     box: Box
+    nbytes: int
     stored: Stored | None
     inline: str | None = None
 
@@ -108,14 +112,10 @@ class Shelf:
         Raises:
             IntegrityError: as above.
         """
-        size = item_bytes(entry.dtype)
+        sizes = [shape_bytes(c.shape, item_bytes(entry.dtype)) for c in entry.chunks]
         return [
-            Placed(
-                Box(c.offset, c.shape),
-                None if c.inline is not None else self._node(c, shape_bytes(c.shape, size)),
-                c.inline,
-            )
-            for c in entry.chunks
+            Placed(Box(c.offset, c.shape), n, None if c.inline is not None else self._node(c, n), c.inline)
+            for c, n in zip(entry.chunks, sizes)
         ]
 
 

@@ -160,12 +160,7 @@ class _Writer:
             os.ftruncate(fd, file.nbytes)
             _write_all(fd, file.head, 0)
             wanted = [
-                Wanted(
-                    tensor.name,
-                    chunk,
-                    chunk.box.volume() * item_bytes(tensor.stored),
-                    self._placer(fd, tensor, start, chunk.box),
-                )
+                Wanted(tensor.name, chunk, self._placer(fd, tensor, start, chunk.box))
                 for tensor, start in zip(file.tensors, file.starts)
                 for chunk in tensor.chunks
             ]

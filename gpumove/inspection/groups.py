@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from gpumove.format.dtypes import item_bytes
-from gpumove.format.manifest import Part, TensorEntry
+from gpumove.format.manifest import Part
 from gpumove.format.stored import Placed, Shelf, Spot, Stored, closure
 
 _WAYS = {"raw": "raw", "planes": "base", "sub": "delta", "round": "derived"}
@@ -68,7 +67,7 @@ def tally(parts: Sequence[Part], attempt: str) -> tuple[tuple[Group, ...], Needs
             group.tensors += entry.fqn not in names
             names.add(entry.fqn)
             for chunk in shelf.placed(entry):
-                _count(group, entry, chunk, attempt, spots)
+                _count(group, chunk, attempt, spots)
                 if chunk.stored is not None:
                     needed |= closure([chunk.stored], known=needed)
     chain = max((node.chain for node in spots.values()), default=0)
@@ -82,12 +81,11 @@ def _group_name(fqn: str, optimizers: Iterable[str]) -> str:
     return ".".join(fqn.split(".")[:2])
 
 
-def _count(group: Group, entry: TensorEntry, chunk: Placed, attempt: str, spots: dict[Spot, Stored]) -> None:
+def _count(group: Group, chunk: Placed, attempt: str, spots: dict[Spot, Stored]) -> None:
     """Add a chunk to its group; ``spots`` are the places that were counted before."""
-    nbytes = chunk.box.volume() * item_bytes(entry.dtype)
     way = group.ways.setdefault(_way(chunk, attempt), Way())
-    group.nbytes += nbytes
-    way.nbytes += nbytes
+    group.nbytes += chunk.nbytes
+    way.nbytes += chunk.nbytes
     way.chunks += 1
     if chunk.stored is not None and chunk.stored.spot not in spots:
         spots[chunk.stored.spot] = chunk.stored

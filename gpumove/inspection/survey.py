@@ -15,10 +15,12 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 from gpumove.config import Config
 from gpumove.errors import IntegrityError
-from gpumove.fetch import Buffers, chunk_bytes, fetch, inline_data, read_span
+from gpumove.fetch import Buffers, fetch, inline_data, read_span
 from gpumove.format.boxes import Box
 from gpumove.format.codec import decode, digest
+from gpumove.format.dtypes import item_bytes
 from gpumove.format.manifest import Checkpoint, Manifest, Pack, Part, PartRef, TensorEntry
+from gpumove.format.pack import shape_bytes
 from gpumove.format.stored import Placed, Shelf, Spot, Stored, closure
 from gpumove.ranges import Span, Wanted
 from gpumove.store.objects import Store
@@ -174,7 +176,7 @@ class Survey:
         sound = [(n, u) for n, u in found if not any(spot.key in self.findings for spot in closure([n]))]
         names = {str(number): (node, users) for number, (node, users) in enumerate(sound)}
         wanted = [
-            Wanted(name, Placed(Box((), ()), node), node.nbytes, lambda data: None) for name, (node, _) in names.items()
+            Wanted(name, Placed(Box((), ()), node.nbytes, node), lambda data: None) for name, (node, _) in names.items()
         ]
 
         def failed(name: str, error: IntegrityError) -> None:
@@ -258,7 +260,7 @@ def _facts_of(part: Part) -> _Facts:
         for chunk in entry.chunks:
             try:
                 if chunk.inline is not None:
-                    inline_data(entry.fqn, chunk.inline, chunk_bytes(entry.dtype, chunk))
+                    inline_data(entry.fqn, chunk.inline, shape_bytes(chunk.shape, item_bytes(entry.dtype)))
             except IntegrityError as error:
                 problems.append(str(error))
     return _Facts(part.packs, have, need, problems)
