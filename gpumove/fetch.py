@@ -13,6 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
+import numpy as np
+
 from gpumove.config import Config
 from gpumove.errors import GpumoveError, IntegrityError, ObjectNotFoundError
 from gpumove.format.codec import check_digest, decode
@@ -80,11 +82,13 @@ def fetch(
     """
     for want in wanted:
         if want.placed.inline is not None:
-            want.use(inline_data(want.name, want.placed.inline, want.placed.nbytes))
+            _deliver(want, inline_data(want.name, want.placed.inline, want.placed.nbytes))
     todo = groups(wanted)
     buffers = Buffers()
     widest = max((group.held_bytes for group in todo), default=1)
-    threads = max(1, min(config.concurrency, config.budget_bytes // widest, len(todo)))
+    # A local file is read by the processor that decodes it: more threads than that only wait for each other.
+    most = config.concurrency if store.parallel else config.workers
+    threads = max(1, min(most, config.budget_bytes // widest, len(todo)))
 
     # Two pools: a group's ranges are read side by side, or a chain would pay the store's latency for each of its links.
     with (
@@ -109,6 +113,14 @@ def read_span(store: Store, span: Span, out: memoryview) -> memoryview:
     except ObjectNotFoundError as error:
         raise IntegrityError(f"{store.url}/{span.key} is missing, and a committed checkpoint needs it") from error
     return memoryview(got)
+
+
+def _deliver(want: Wanted, data: memoryview) -> None:
+    if want.into is None:
+        want.use(data)
+    elif want.into is not data:
+        # Not torch's copy: its threads wait for each other, which on busy cores takes far longer than the copy.
+        np.copyto(np.frombuffer(want.into, dtype=np.uint8), np.frombuffer(data, dtype=np.uint8))
 
 
 class _Reader:
@@ -193,7 +205,7 @@ class _Reader:
         if node.codec == "raw/1" and len(stored) == node.nbytes:
             check_digest(stored, node.digest)
             return stored
-        out = self._buffers.take(node.nbytes)
+        out = self._home(node) or self._buffers.take(node.nbytes)
         try:
             decode(node.codec, stored, out, bases=[self._data[b.spot] for b in node.bases], expected=node.digest)
         except GpumoveError:
@@ -201,10 +213,14 @@ class _Reader:
             raise
         return out
 
+    def _home(self, node: Stored) -> memoryview | None:
+        """Where its bytes are to be left, if somebody wants them in one piece."""
+        return next((w.into for w in self._group.wanted.get(node.spot, ()) if w.into is not None), None)
+
     def _hand_over(self, spot: Spot) -> None:
         for want in self._group.wanted[spot]:
             if (error := self._broken.get(spot)) is None:
-                want.use(self._data[spot])
+                _deliver(want, self._data[spot])
             elif self._failed is not None:
                 self._failed(want.name, self._located(spot, want.name, error))
 

@@ -15,11 +15,16 @@ _RANGE = 16 << 20
 
 
 class Wanted(NamedTuple):
-    """A chunk that somebody needs. ``use`` gets its decoded, verified bytes, which are gone when it returns."""
+    """A chunk that somebody needs.
+
+    ``use`` gets its decoded, verified bytes, which are gone when it returns. Where ``into`` is given, the bytes are
+    left there instead: what is coded is then decoded in place.
+    """
 
     name: str
     placed: Placed
     use: Callable[[memoryview], None]
+    into: memoryview | None = None
 
 
 class Span(NamedTuple):

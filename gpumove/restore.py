@@ -1,7 +1,8 @@
 """One rank's restore: parts -> which stored boxes are needed -> ranges -> verify -> decode -> fill.
 
 It works for any world size: chunks carry their box in the whole tensor, so a reader takes whatever intersects its own
-shards, without talking to anybody. Every chunk is verified before it is copied into a live tensor.
+shards, without talking to anybody. Every chunk is verified, before it is copied into a live tensor or, where it is
+decoded right there, afterwards: a restore that fails leaves rubbish in its targets, one that returns never does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.autograd.graph import increment_version
 
 from gpumove.config import Config
 from gpumove.errors import ConfigError, IntegrityError
@@ -27,6 +29,9 @@ from gpumove.state.members import Meta, RngMember
 from gpumove.state.plan import local_box
 from gpumove.store.objects import Store
 from gpumove.store.records import read_manifest, read_parts
+
+_LEAST = 16 << 10
+"""Elements of a chunk from which on it is worth to ask where it lies."""
 
 
 @dataclass
@@ -111,7 +116,11 @@ def fill(store: Store, contents: Contents, targets: Targets, *, config: Config) 
         IntegrityError: an object is damaged, truncated or missing; the message names it. Targets may be part filled.
     """
     wanted = _wanted(targets.tensors, contents.tensors) + _wanted(targets.local, contents.local)
-    return fetch(store, wanted, config=config)
+    nbytes = fetch(store, wanted, config=config)
+    for tensor in (*targets.tensors.values(), *targets.local.values()):
+        if not tensor.is_inference():
+            increment_version(local_tensor(tensor.detach()))  # some were filled behind torch's back
+    return nbytes
 
 
 def _wanted(targets: Mapping[str, torch.Tensor], stored: Mapping[str, list[Placed]]) -> list[Wanted]:
@@ -125,13 +134,20 @@ def _wanted(targets: Mapping[str, torch.Tensor], stored: Mapping[str, list[Place
                 covered += common.volume()
                 into = local[_within(common, box.offset)]
                 use = partial(_place, into=into, chunk=chunk.box, part=common)
-                found.append(Wanted(fqn, chunk, use))
+                found.append(Wanted(fqn, chunk, use, _home(into) if common == chunk.box else None))
         if covered != box.volume():
             raise IntegrityError(
                 f"the checkpoint has {covered} of the {box.volume()} elements of {fqn} that this rank needs",
                 code="integrity.cover",
             )
     return found
+
+
+def _home(into: torch.Tensor) -> memoryview | None:
+    """The memory of a tensor, if a whole chunk can be left in it as it is."""
+    if into.numel() < _LEAST or into.device.type != "cpu" or not into.is_contiguous():
+        return None
+    return memoryview(into.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _place(data: memoryview, *, into: torch.Tensor, chunk: Box, part: Box) -> None:

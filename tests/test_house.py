@@ -24,8 +24,8 @@ LAYERS = [
         "format.coding", "format.manifest", "format.keys", "format.boxes", "format.pack", "format.stored",
     ],
     [
-        "store.retry", "store.address", "store.backends", "store.files", "store.clouds", "store.s3", "store.gcs",
-        "store.azure", "store.connect", "store.objects", "store.view", "store.log", "store.records", "store.gc",
+        "store.retry", "store.address", "store.backends", "store.direct", "store.files", "store.clouds", "store.s3",
+        "store.gcs", "store.azure", "store.connect", "store.objects", "store.view", "store.log", "store.records", "store.gc",
     ],
     [
         "state.values", "state.rng", "state.peers", "state.locals", "state.families", "state.plan", "state.members",

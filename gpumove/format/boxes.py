@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 Ints = tuple[int, ...]
+_PAGE = 4096
 
 
 class Box(NamedTuple):
@@ -57,6 +58,9 @@ def split(box: Box, item_bytes: int, chunk_bytes: int) -> Iterator[tuple[Box, in
         return
     row_bytes = math.prod(box.shape[1:]) * item_bytes
     rows = max(1, chunk_bytes // row_bytes)
+    even = _PAGE // math.gcd(row_bytes, _PAGE)
+    if rows >= 2 * even:
+        rows -= rows % even  # whole pages: the next chunk starts on one too, and can be written from where it lies
     for start in range(0, box.shape[0], rows):
         height = min(rows, box.shape[0] - start)
         run = Box((box.offset[0] + start, *box.offset[1:]), (height, *box.shape[1:]))

@@ -15,6 +15,9 @@ from gpumove.format.dtypes import SAFETENSORS_DTYPES, item_bytes
 _MAX_HEADER = 100 << 20
 _DATA_ALIGN = 64
 """Data starts on a cache line: views of a fetched object are then aligned for every dtype."""
+_PAGE = 4096
+_PAGED_BYTES = 1 << 20
+"""Data of larger packs starts on a page: what lies on pages in memory can go to a disk from there."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,13 @@ def header(entries: Sequence[tuple[str, str, Sequence[int], int]]) -> bytes:
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
         at += nbytes
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _DATA_ALIGN)
+    text += b" " * (-(8 + len(text)) % (_DATA_ALIGN if at < _PAGED_BYTES else _PAGE))
     return len(text).to_bytes(8, "little") + text
 
 
 def build(items: Sequence[PackItem]) -> PackImage:
     """Lay items out as one pack; ``positions[i]`` is where item i starts in the object."""
-    # Falling element size keeps every item aligned, whatever odd lengths there are.
-    order = sorted(range(len(items)), key=lambda n: -(item_bytes(items[n].dtype) if items[n].codec == "raw/1" else 1))
+    order = sorted(range(len(items)), key=lambda n: _rank(items[n]))
     head = header([_entry(items[n]) for n in order])
     positions, buffers, at = [0] * len(items), [head], len(head)
     for n in order:
@@ -72,6 +74,11 @@ def build(items: Sequence[PackItem]) -> PackImage:
         at += len(items[n].stored)
         buffers.append(items[n].stored)  # type: ignore[arg-type]
     return PackImage(buffers, digest(*buffers), at, positions)  # type: ignore[arg-type]
+
+
+def _rank(item: PackItem) -> tuple[bool, int]:
+    """Whole pages first: none then pushes the next off its page. Falling element size keeps the others aligned."""
+    return len(item.stored) % _PAGE != 0, -(item_bytes(item.dtype) if item.codec == "raw/1" else 1)
 
 
 def _entry(item: PackItem) -> tuple[str, str, Sequence[int], int]:

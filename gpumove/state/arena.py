@@ -10,7 +10,9 @@ import torch
 
 from gpumove.errors import ConfigError
 
-_ALIGN = 64
+_LINE, _PAGE = 64, 4096
+_PAGED_BYTES = 64 << 10
+"""Larger tensors start on a page: they can go to a disk from where they lie."""
 
 
 class Arena:
@@ -79,13 +81,9 @@ class Side:
         """Slots and destination views, kept while dtypes and shapes (``specs``) stay the same."""
         if self.copies and (specs is self._specs or specs == self._specs):
             return
-        slots, at = [], 0
-        for t in sources:
-            nbytes = t.numel() * t.element_size()
-            slots.append((at, nbytes))
-            at += -(-nbytes // _ALIGN) * _ALIGN
+        slots = _slots(sources)
         self.copies = []  # views keep the old arena alive
-        arena = self.arena.reserve(at, pin=any(t.is_cuda for t in sources))
+        arena = self.arena.reserve(_end(slots), pin=any(t.is_cuda for t in sources))
         self.copies = [arena[a : a + n].view(t.dtype).view(t.shape) for (a, n), t in zip(slots, sources)]
         self._specs, self.slots = specs, slots
 
@@ -97,4 +95,20 @@ class Side:
 
 def staged_bytes(sources: Sequence[torch.Tensor]) -> int:
     """Host memory that a snapshot takes."""
-    return sum(-(-t.numel() * t.element_size() // _ALIGN) * _ALIGN for t in sources)
+    return _end(_slots(sources))
+
+
+def _slots(sources: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """Where each source's copy starts, and its bytes."""
+    slots, at = [], 0
+    for t in sources:
+        nbytes = t.numel() * t.element_size()
+        align = _LINE if nbytes < _PAGED_BYTES else _PAGE
+        at += -at % align
+        slots.append((at, nbytes))
+        at += nbytes
+    return slots
+
+
+def _end(slots: Sequence[tuple[int, int]]) -> int:
+    return slots[-1][0] + slots[-1][1] if slots else 0

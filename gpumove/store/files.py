@@ -16,9 +16,9 @@ from gpumove.errors import StoreError
 from gpumove.store import retry
 from gpumove.store.address import Address
 from gpumove.store.backends import Backend, Buffer, ObjectInfo, Ranges
+from gpumove.store.direct import Bounces, write_all, write_past_cache
 
 TEMP_SUFFIX = ".gpumove-tmp"
-_WRITEV_BUFFERS = 512  # POSIX grants 1024 on Linux, 16 at least elsewhere
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 _NO_DIR_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 
@@ -36,6 +36,7 @@ class FileBackend(Backend):
 
     def __init__(self, address: Address) -> None:
         self._root = address.root
+        self._bounces = Bounces()
 
     def put(self, key: str, data: Sequence[memoryview], seconds: float) -> None:
         """Temporary file, fsync, rename, fsync of the directory."""
@@ -138,7 +139,8 @@ class FileBackend(Backend):
         fd = _open_new(temp)
         try:
             try:
-                _write_all(fd, data)
+                if not write_past_cache(fd, data, self._bounces):
+                    write_all(fd, data)
                 os.fsync(fd)
                 found, expected = os.fstat(fd).st_size, sum(view.nbytes for view in data)
             finally:
@@ -181,19 +183,6 @@ def _sync_directory(path: str) -> None:
             raise
     finally:
         os.close(fd)
-
-
-def _write_all(fd: int, data: Sequence[memoryview]) -> None:
-    """Gather write: no copy of the data, and the interpreter is free meanwhile."""
-    queue = [view for view in data if view.nbytes]
-    at = 0
-    while at < len(queue):
-        written = os.writev(fd, queue[at : at + _WRITEV_BUFFERS])
-        while at < len(queue) and written >= queue[at].nbytes:
-            written -= queue[at].nbytes
-            at += 1
-        if written:
-            queue[at] = queue[at][written:]
 
 
 def _fill(fd: int, view: memoryview, offset: int) -> memoryview:

@@ -97,6 +97,11 @@ class Store:
 
         return cls(place.url, config, back_end, scrub=scrub, clock=clock)
 
+    @property
+    def parallel(self) -> bool:
+        """Whether calls wait for a network, so that many at once are quicker, and not for this machine."""
+        return self._now().backend.parallel
+
     def put(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         """Write a whole object under a name that is only ever given to these bytes; durable and checked on return.
 
@@ -178,7 +183,7 @@ class Store:
             raise ConfigError(f"{self.url}/{key}: the buffers given do not have the sizes of the ranges")
         result: list[Buffer] = [b""] * len(ranges)
         wanted = [i for i, (start, end) in enumerate(ranges) if start < end]
-        groups = [[i] for i in wanted] if self._now().backend.parallel else [wanted] if wanted else []
+        groups = [[i] for i in wanted] if self.parallel else [wanted] if wanted else []
 
         def fetch(group: list[int]) -> None:
             parts = self._read(key, [ranges[i] for i in group], [views[i] for i in group] if views else None)

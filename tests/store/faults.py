@@ -33,7 +33,7 @@ class FaultyStore:
 
     def __init__(self, inner: Store, *, at: int = 0, mode: Mode = "before") -> None:
         self.inner = inner
-        self.url = inner.url
+        self.url, self.parallel = inner.url, inner.parallel
         self.calls = 0
         self.trail: list[str] = []
         """What was called, for messages: "put packs/..."."""
