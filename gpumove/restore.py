@@ -118,8 +118,8 @@ def fill(store: Store, contents: Contents, targets: Targets, *, config: Config) 
     wanted = _wanted(targets.tensors, contents.tensors) + _wanted(targets.local, contents.local)
     nbytes = fetch(store, wanted, config=config)
     for tensor in (*targets.tensors.values(), *targets.local.values()):
-        if not tensor.is_inference():
-            increment_version(local_tensor(tensor.detach()))  # some were filled behind torch's back
+        if tensor.numel() >= _LEAST and not tensor.is_inference():
+            increment_version(local_tensor(tensor.detach()))  # it may have been filled behind torch's back
     return nbytes
 
 
@@ -130,9 +130,10 @@ def _wanted(targets: Mapping[str, torch.Tensor], stored: Mapping[str, list[Place
         box, local = local_box(fqn, tensor), local_tensor(tensor.detach())
         covered = 0
         for chunk in stored.get(fqn, ()):
-            if (common := intersect(box, chunk.box)) is not None:
+            # Most tensors are one chunk, and are wanted whole.
+            if (common := box if chunk.box == box else intersect(box, chunk.box)) is not None:
                 covered += common.volume()
-                into = local[_within(common, box.offset)]
+                into = local if common == box else local[_within(common, box.offset)]
                 use = partial(_place, into=into, chunk=chunk.box, part=common)
                 found.append(Wanted(fqn, chunk, use, _home(into) if common == chunk.box else None))
         if covered != box.volume():
@@ -158,7 +159,8 @@ def _place(data: memoryview, *, into: torch.Tensor, chunk: Box, part: Box) -> No
     if flat.data_ptr() % into.dtype.itemsize:
         flat = flat.clone()  # vector instructions fault on what is not aligned
     with torch.no_grad():
-        into.copy_(flat.view(into.dtype).view(chunk.shape)[_within(part, chunk.offset)])
+        whole = flat.view(into.dtype).view(chunk.shape)
+        into.copy_(whole if part == chunk else whole[_within(part, chunk.offset)])
 
 
 def _within(part: Box, origin: Sequence[int]) -> tuple[slice, ...]:
