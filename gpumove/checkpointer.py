@@ -91,7 +91,7 @@ class Checkpointer:
         self._store = Store.open(url, self.config, options=storage_options)
         self._log = Log(self._store)
         self._planner = Planner(self._peers, split_bytes=self.config.chunk_bytes)
-        self._stager = Stager(overlap=self.config.overlap)
+        self._stager = Stager(overlap=self.config.overlap, skip=self.config.skip_unchanged)
         self._runner = Runner(
             self._log, self.config, self._stager, rank=self._peers.rank, world_size=self._peers.world_size
         )
@@ -248,7 +248,7 @@ class Checkpointer:
 
     def _stage(self, capture: Capture) -> tuple[Layout, Snapshot]:
         layout = self._planner.lay_out(capture, self._runner.mutable)
-        return layout, self._stager.stage(layout.sources, layout.at_once)
+        return layout, self._stager.stage(layout.sources, layout.at_once, steady=layout.steady)
 
     # ---------------------------------------------------------------- save
 
@@ -305,15 +305,15 @@ class Checkpointer:
 
     def _meet(self, step: int, *, force: bool, pinned: bool) -> None:
         """All ranks are here: learn what rank 0 decides, and do it."""
-        began = time.perf_counter()
+        marks = [time.perf_counter()]
         self._check_open()
         capture, report = self._look(step)
+        marks.append(time.perf_counter())
         self._peers.meet(f"the meeting at step {step}")
-        reports = self._peers.gather(msgspec.msgpack.encode(report))
-        verdict = Verdict()
-        if self._peers.rank == 0:
-            verdict = self._chair.decide(step, reports, self._last, force=force, now=time.monotonic())
-        verdict = msgspec.msgpack.decode(self._peers.broadcast(msgspec.msgpack.encode(verdict)), type=Verdict)
+        decide = partial(self._chair.decide, step, last=self._last, force=force, now=time.monotonic())
+        answer = self._peers.ask(msgspec.msgpack.encode(report), lambda told: msgspec.msgpack.encode(decide(told)))
+        verdict = msgspec.msgpack.decode(answer, type=Verdict)
+        marks.append(time.perf_counter())
         self._next_meeting = verdict.next_meeting
         if isinstance(capture, Exception):
             raise capture
@@ -324,6 +324,7 @@ class Checkpointer:
         if verdict.replan:
             self._planner.agree(capture)
         layout = self._planner.lay_out(capture, self._runner.mutable)
+        marks.append(time.perf_counter())
         if not verdict.save:
             if verdict.replan or self._resumed:
                 self._runner.prepare(layout.sources)
@@ -331,17 +332,20 @@ class Checkpointer:
             return
         self._runner.settle(self._last, abandon=True)
         handle = self._last = self._runner.begin(step, verdict.serial)
+        for name, began, ended in zip(("capture", "meet", "plan"), marks, marks[1:]):
+            handle.trace.add(name, began, ended)
         try:
-            snapshot = self._stager.stage(layout.sources, layout.at_once, handle.trace)
-            self._snapshot = snapshot
+            snapshot = self._snapshot = self._stager.stage(
+                layout.sources, layout.at_once, handle.trace, steady=layout.steady
+            )
             handle.watch(snapshot.sight)
             agreed, trace = self._planner.agreement(), self._losses.since(self._runner.committed_step)
-            self._runner.start(Staged(handle, snapshot, layout, capture, agreed, trace, began, pinned))
+            self._runner.start(Staged(handle, snapshot, layout, capture, agreed, trace, marks[0], pinned))
         except BaseException as error:
             self._runner.fail(handle, error)
             handle.mark_seen()
             raise
-        handle.mark_called(began)
+        handle.mark_called(marks[0])
 
     def _look(self, step: int) -> tuple[Capture | Exception, Report]:
         """The cut. A failure is told at the meeting: the other ranks must not wait for this one."""

@@ -46,8 +46,8 @@ class Config:
     """A folder on a fast local disk for them, where they do not fit in memory."""
     step_log: str = "off"
     """``"auto"``: with ``every_steps`` from 2 to 8, save at every step where that was measured to send less."""
-    skip_unchanged: bool = False
-    """Look for unchanged tensors before they are copied. For jobs that train a small part of a model."""
+    skip_unchanged: str = "host"
+    """Whose unchanged tensors are looked for and not copied: ``"host"``, ``"all"`` (on devices too) or ``"off"``."""
     trace_dir: str | None = None
     """A local folder that gets one trace of every save and rank: what ran when, for chrome://tracing or Perfetto."""
     overlap: bool = True
@@ -170,9 +170,20 @@ def _check_sizes(c: Config) -> list[str]:
 
 
 def _check_words(c: Config) -> list[str]:
-    choices = {"codec": ("auto", "small", "raw"), "step_log": ("off", "auto"), "on_save_error": ("raise", "warn")}
-    return [
+    choices = {
+        "codec": ("auto", "small", "raw"),
+        "step_log": ("off", "auto"),
+        "skip_unchanged": ("host", "all", "off"),
+        "on_save_error": ("raise", "warn"),
+    }
+    problems = [
         f"{name} must be one of {', '.join(words)}, not {getattr(c, name)!r}"
         for name, words in choices.items()
         if getattr(c, name) not in words
     ]
+    problems += [
+        f"{name} must be True or False, not {getattr(c, name)!r}"
+        for name in ("delta", "overlap")
+        if type(getattr(c, name)) is not bool
+    ]
+    return problems

@@ -128,17 +128,17 @@ def _wanted(targets: Mapping[str, torch.Tensor], stored: Mapping[str, list[Place
     found = []
     for fqn, tensor in targets.items():
         box, local = local_box(fqn, tensor), local_tensor(tensor.detach())
-        covered = 0
+        covered, size = 0, box.volume()
         for chunk in stored.get(fqn, ()):
             # Most tensors are one chunk, and are wanted whole.
-            if (common := box if chunk.box == box else intersect(box, chunk.box)) is not None:
+            if (common := box if chunk.box == box and covered < size else intersect(box, chunk.box)) is not None:
                 covered += common.volume()
                 into = local if common == box else local[_within(common, box.offset)]
                 use = partial(_place, into=into, chunk=chunk.box, part=common)
                 found.append(Wanted(fqn, chunk, use, _home(into) if common == chunk.box else None))
-        if covered != box.volume():
+        if covered != size:
             raise IntegrityError(
-                f"the checkpoint has {covered} of the {box.volume()} elements of {fqn} that this rank needs",
+                f"the checkpoint has {covered} of the {size} elements of {fqn} that this rank needs",
                 code="integrity.cover",
             )
     return found

@@ -73,6 +73,8 @@ class Runner:
         self.mutable: set[str] = set()
         """Tensors that were seen to change outside optimizers: from now on they are copied at once."""
         self.committed_step = -1
+        self._written: int | None = None
+        """Serial number of the snapshot that this process wrote last: what the writer's table is of."""
 
     def begin(self, step: int, serial: int) -> SaveHandle:
         """The handle of this epoch's save number ``serial``."""
@@ -104,6 +106,7 @@ class Runner:
     def take_predecessor(self, table: dict[ChunkKey, Stored]) -> None:
         """What a restored checkpoint holds, without its bytes: unchanged chunks are recognised by their digests."""
         self._stager.keep(None)
+        self._written = None
         self._writer.adopt(Predecessor(table))
 
     def prepare(self, sources: Sequence[torch.Tensor]) -> None:
@@ -176,6 +179,7 @@ class Runner:
             values={**shared, **staged.capture.own},
             rules=settled(staged.capture.rules, staged.layout.scalars, staged.snapshot.view),
             keep=self.keeps(staged.snapshot.nbytes),
+            unchanged=staged.snapshot.unchanged_since(self._written),
             trace=staged.handle.trace,
             cancelled=staged.handle.cancelled,
             confirm=lambda: self._whole(staged, lambda: staged.snapshot.confirm(_SIGHT_S)),
@@ -186,11 +190,14 @@ class Runner:
         self._whole(staged, staged.snapshot.wait)
         handle.mark_staged(time.perf_counter() - staged.began)
         request = self._request(staged)
+        self._written = None
         _, part = self._writer.write(request, staged.snapshot)
+        self._written = staged.snapshot.serial
         self._stager.keep(staged.snapshot if request.keep else None)
         if not request.keep:
             self._stager.trim()
-        self._stager.settle(part.clean if self._config.skip_unchanged else ())
+        if part.compared:
+            self._stager.settle(part.clean)
         stats.state_bytes, stats.clean_bytes, stats.new_bytes = part.state_bytes, part.clean_bytes, part.new_bytes
         stats.packs, stats.peak_bytes = part.packs, part.peak_bytes
         stats.stall_s += staged.snapshot.fence_s

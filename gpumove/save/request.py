@@ -30,6 +30,8 @@ class Request:
     values: dict[str, Any]
     rules: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     keep: bool = False
+    unchanged: frozenset[int] = frozenset()
+    """Sources known to have the bytes that they had in the last part of this writer."""
     trace: Trace = field(default_factory=lambda: Trace(on=False))
     cancelled: threading.Event = field(default_factory=threading.Event)
     confirm: Callable[[], None] = lambda: None
@@ -53,3 +55,5 @@ class PartStats:
     seconds: float = 0.0
     clean: frozenset[int] = frozenset()
     """Sources of which nothing changed."""
+    compared: bool = False
+    """Whether there was anything to compare them with."""

@@ -47,6 +47,7 @@ class Material:
     steps: Mapping[str, float]
     disk: OnDisk | None
     trace: Trace
+    unchanged: frozenset[int] = frozenset()
 
 
 class UnitCoder:
@@ -55,7 +56,7 @@ class UnitCoder:
     def __init__(self, material: Material, coder: Coder, chain: Chain, pace: Pace) -> None:
         self._coder, self._chain, self._pace, self._trace = coder, chain, pace, material.trace
         self._items, self._pieces, self._snapshot = material.items, material.pieces, material.snapshot
-        self._before, self._disk = material.before, material.disk
+        self._before, self._disk, self._unchanged = material.before, material.disk, material.unchanged
         self._now, self._steps = material.rules, material.steps
         self._rules: dict[tuple[str, float, float], Rule | None] = {}
 
@@ -66,12 +67,14 @@ class UnitCoder:
         for task, view in zip(tasks, data):
             if len(view) != task.nbytes:
                 raise IntegrityError(f"the copy of {task.key.fqn} has {len(view)} bytes, its box {task.nbytes}")
-        with self._trace.span("digest"):
-            digests = [digest(view) for view in data]
         if self._disk is not None:
             for task, view in zip(tasks, data):
                 self._disk.put(task.key, view)
         before = [self._before.table.get(task.key) for task in tasks]
+        if self._unchanged.issuperset(task.source for task in tasks) and None not in before:
+            return [Answer(Outcome(b.digest, stored=b), None) for b in before if b is not None]
+        with self._trace.span("digest"):
+            digests = [digest(view) for view in data]
         clean = [b is not None and b.digest == d for b, d in zip(before, digests)]
         if all(clean):
             return [Answer(Outcome(d, stored=b), None) for d, b in zip(digests, before)]

@@ -114,7 +114,11 @@ class PartWriter:
         pieces = self.cut(request.items)
         disk, steps = self._disk(keep=request.keep), steps_of(request.items, snapshot)
         before = self._predecessor
-        material = Material(request.items, pieces, snapshot, before, request.rules, steps, disk, request.trace)
+        stats.compared = bool(before.table)
+        material = Material(
+            request.items, pieces, snapshot, before, request.rules, steps, disk, request.trace,
+            request.unchanged,
+        )  # fmt: skip
         try:
             written = self._write_chunks(request, material, stats)
             heading = Heading(

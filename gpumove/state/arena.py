@@ -68,24 +68,27 @@ class Side:
     def __init__(self) -> None:
         self.arena = Arena()
         self.slots: list[tuple[int, int]] = []
+        self.nbytes = 0
         self.copies: list[torch.Tensor] = []
         self._specs: Specs = []
 
-    def prepare(self, nbytes: int, *, pin: bool) -> None:
-        """Touch this much memory."""
+    def prepare(self, sources: Sequence[torch.Tensor], nbytes: int, *, pin: bool) -> None:
+        """Touch this much memory, and lay these sources out in it."""
         if nbytes > self.arena.nbytes:
             self._specs, self.copies = [], []  # they point into the arena that goes
             self.arena.reserve(nbytes, pin=pin).zero_()
+        self.lay_out(sources, [(t.dtype, t.shape) for t in sources])
 
     def lay_out(self, sources: Sequence[torch.Tensor], specs: Specs) -> None:
         """Slots and destination views, kept while dtypes and shapes (``specs``) stay the same."""
         if self.copies and (specs is self._specs or specs == self._specs):
+            self._specs = specs
             return
         slots = _slots(sources)
         self.copies = []  # views keep the old arena alive
         arena = self.arena.reserve(_end(slots), pin=any(t.is_cuda for t in sources))
-        self.copies = [arena[a : a + n].view(t.dtype).view(t.shape) for (a, n), t in zip(slots, sources)]
-        self._specs, self.slots = specs, slots
+        self.copies = _views(arena, slots, sources)
+        self._specs, self.slots, self.nbytes = specs, slots, sum(n for _, n in slots)
 
     def release(self) -> None:
         """Give the memory back."""
@@ -108,6 +111,22 @@ def _slots(sources: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
         slots.append((at, nbytes))
         at += nbytes
     return slots
+
+
+def _views(
+    arena: torch.Tensor, slots: Sequence[tuple[int, int]], sources: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The slots as tensors like their sources, by one operation each: there may be ten thousand."""
+    typed = {dtype: arena[: arena.numel() // 16 * 16].view(dtype) for dtype in {t.dtype for t in sources}}
+    empty = torch.empty(0, device="meta")
+    shapes: dict[torch.Size, tuple[int, ...]] = {}
+    for t in sources:
+        if t.shape not in shapes:
+            shapes[t.shape] = empty.new_empty(t.shape).stride()
+    return [
+        typed[t.dtype].as_strided(t.shape, shapes[t.shape], at // t.element_size())
+        for (at, _), t in zip(slots, sources)
+    ]
 
 
 def _end(slots: Sequence[tuple[int, int]]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Capture:
     rules: dict[str, Rule] = field(default_factory=dict)
     models: tuple[tuple[str, Tensors], ...] = ()
 
+    @cached_property
     def relations(self) -> dict[str, Kin]:
         """Every tensor's place in a family, if it has one."""
         found = {fqn: kin for known in self.kin for fqn, kin in known.items()}

@@ -129,9 +129,12 @@ def copies(models: Sequence[tuple[str, Mapping[str, torch.Tensor]]], kin: Mappin
 def aliases(sources: Iterable[Mapping[str, torch.Tensor]], kin: Mapping[str, Kin]) -> dict[str, Kin]:
     """Further names of tensors that have a family: tied weights are written once, so all their names go together."""
     tensors = {fqn: local_tensor(t) for source in sources for fqn, t in source.items()}
-    places = {_place(t): kin[fqn] for fqn, t in tensors.items() if fqn in kin and t.numel()}
-    rest = ((fqn, places.get(_place(t))) for fqn, t in tensors.items() if fqn not in kin and t.numel())
-    return {fqn: near for fqn, near in rest if near is not None}
+    rest = {fqn: t for fqn, t in tensors.items() if fqn not in kin and t.numel()}
+    addresses = {t.data_ptr() for t in rest.values()}
+    known = ((fqn, t) for fqn, t in tensors.items() if fqn in kin and t.data_ptr() in addresses)
+    places = {_place(t): kin[fqn] for fqn, t in known}
+    found = ((fqn, places.get(_place(t))) for fqn, t in rest.items()) if places else ()
+    return {fqn: near for fqn, near in found if near is not None}
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -7,21 +7,37 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import msgspec
 import torch
+from torch.distributed.tensor import DTensor
 
-from gpumove.errors import GpumoveError, LayoutError
+from gpumove.errors import LayoutError
 from gpumove.format.boxes import Box
+from gpumove.format.codec import digest
 from gpumove.state.capture import Capture
 from gpumove.state.families import Kin
-from gpumove.state.locals import local_tensor
+from gpumove.state.locals import local_tensor, probes
 from gpumove.state.members import Tensors
 from gpumove.state.peers import Peers
-from gpumove.state.plan import Item, Piece, Shard, assign, check_dense, plan_digest, shard_of
+from gpumove.state.plan import (
+    Gathered,
+    Item,
+    Kind,
+    Piece,
+    Table,
+    check,
+    check_dense,
+    local_box,
+    plan_digest,
+    share,
+)
 from gpumove.state.values import dtype_name
+
+_MOST_TABLE_BYTES = 256 << 20
+"""Tables that differ are compared up to this many bytes: a job of a thousand ranks that all differ is told so too."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +50,53 @@ class Layout:
     """The tensor that each source belongs to."""
     scalars: dict[tuple[str, str], int] = field(default_factory=dict)
     """(rule, hyper-parameter) -> the source that holds it, for those that are tensors."""
+    steady: frozenset[int] = frozenset()
+    """Sources that no optimizer works on: likely to stay as they are."""
     at_once: list[bool] = field(default_factory=list)
     """Per source: whether it must be copied before the call returns. The same list object as long as all layouts of
     sources are alike: what staging prepared for it still fits."""
 
 
 @dataclass(frozen=True)
+class Holding:
+    """What this rank has: its tensors, and by kind which part of them."""
+
+    table: Table
+    boxes: list[Box]
+
+    def fits(self, other: Holding) -> bool:
+        """Whether a plan for the one is a plan for the other; values may differ."""
+        return self.boxes == other.boxes and self.table == msgspec.structs.replace(
+            other.table, probes=self.table.probes
+        )
+
+
+@dataclass(frozen=True)
 class Agreement:
     """The outcome of planning: this rank's pieces and, on rank 0, every rank's plan digest."""
 
-    shards: tuple[Shard, ...]
+    holding: Holding
     pieces: tuple[Piece, ...]
     digest: str
     all_digests: tuple[str, ...] = ()
     state_bytes: int = 0
+
+
+class _Said(msgspec.Struct):
+    """What a rank says of its holding: enough, if all ranks have the same table."""
+
+    table: str
+    table_bytes: int
+    boxes: list[Box]
+
+
+class _Roll(msgspec.Struct):
+    """What rank 0 makes of it: distinct tables by the ranks that are to send them, and distinct lists of boxes."""
+
+    speakers: list[int]
+    tables: list[int]
+    boxes: list[list[Box]]
+    cut: list[int]
 
 
 class Planner:
@@ -74,8 +123,7 @@ class Planner:
         # Members without tensors hand out a new empty dict every time.
         if all(a is b or not (a or b) for a, b in zip(capture.sources, self._sources)):
             return False
-        present = _describe(capture, probe=False)
-        if present != tuple(s._replace(probe="") for s in self.agreed.shards):
+        if not self.agreed.holding.fits(_describe(capture, probe=False)):
             return True
         self._sources, self._bound = capture.sources, None  # moved, but of the same shape: bind again
         return False
@@ -87,31 +135,31 @@ class Planner:
             LayoutError: the ranks' shards do not make whole tensors; on every rank alike.
         """
         look = partial(_describe, capture, probe=self._peers.world_size > 1)
-        shards = self._peers.agree("the description of the layout", look)
-        answers: list[bytes] = []
-        gathered = self._peers.gather(msgspec.msgpack.encode(shards))
-        if self._peers.rank == 0:
-            answers = self._plan([msgspec.msgpack.decode(g, type=tuple[Shard, ...]) for g in gathered])
-        answer = msgspec.msgpack.decode(self._peers.scatter(answers))
-        if "error" in answer:
-            raise LayoutError(answer["error"])
-        pieces = tuple(Piece(*p) for p in answer["pieces"])
-        self.agreed = Agreement(
-            shards, pieces, answer["digest"], tuple(answer.get("all", ())), answer.get("state_bytes", 0)
+        holding = self._peers.agree("the description of the layout", look)
+        gathered = self._gathered(holding)
+        check(gathered)
+        pieces = tuple(share(gathered, self._peers.rank, split_bytes=self._split_bytes))
+        table = holding.table
+        mine = plan_digest(
+            (table.names[piece.tensor], *table.kinds[table.of[piece.tensor]][:2], box)
+            for piece, box in zip(pieces, _boxes(holding, pieces))
         )
+        digests = tuple(d.decode() for d in self._peers.gather(mine.encode()))
+        sizes = [Box((), kind.shape).volume() * kind.item_bytes for kind in table.kinds]
+        self.agreed = Agreement(holding, pieces, mine, digests, sum(sizes[kind] for kind in table.of))
         self._sources, self._bound = capture.sources, None
 
-    def _plan(self, layouts: Sequence[Sequence[Shard]]) -> list[bytes]:
-        """On rank 0: every rank's answer, encoded."""
-        try:
-            pieces = assign(layouts, split_bytes=self._split_bytes)
-        except GpumoveError as error:
-            return [msgspec.msgpack.encode({"error": str(error)})] * len(layouts)
-        digests = [_digest(layout, mine) for layout, mine in zip(layouts, pieces)]
-        size = sum(i.box.volume() * i.item_bytes for lay, mine in zip(layouts, pieces) for i in _items(lay, mine))
-        answers: list[dict[str, object]] = [{"pieces": mine, "digest": d} for mine, d in zip(pieces, digests)]
-        answers[0] |= {"all": digests, "state_bytes": size}
-        return [msgspec.msgpack.encode(a) for a in answers]
+    def _gathered(self, holding: Holding) -> Gathered:
+        """What all ranks have. Tables travel only where there are several; then all ranks get all of them."""
+        table = msgspec.msgpack.encode(holding.table)
+        said = msgspec.msgpack.encode(_Said(digest(table), len(table), holding.boxes))
+        found = msgspec.msgpack.decode(self._peers.ask(said, _roll), type=_Roll)
+        tables = [holding.table]
+        if len(found.speakers) > 1:
+            mine = table if self._peers.rank in found.speakers else b""
+            sent = self._peers.ask(mine, lambda told: msgspec.msgpack.encode([told[r] for r in found.speakers]))
+            tables = [msgspec.msgpack.decode(t, type=Table) for t in msgspec.msgpack.decode(sent, type=list[bytes])]
+        return Gathered(tables, found.tables, [found.boxes[n] for n in found.cut])
 
     def lay_out(self, capture: Capture, mutable: Collection[str] = ()) -> Layout:
         """Bind the agreed plan, and this rank's own tensors behind it, to live tensors.
@@ -132,7 +180,9 @@ class Planner:
                      len(self._bound.sources) + n, local=True)
                 for n, (fqn, t) in enumerate(capture.local.items())
             )  # fmt: skip
-            layout = Layout(self._bound.items + items, [], self._bound.names + list(capture.local))
+            layout = replace(
+                self._bound, items=self._bound.items + items, names=self._bound.names + list(capture.local)
+            )
             self._local = (specs, layout)
         kept = self._local[1]
         sources, names = self._bound.sources + locals_now, list(kept.names)
@@ -141,7 +191,8 @@ class Planner:
             scalars[rule, key] = len(sources)
             sources.append(local_tensor(tensor.detach()))
             names.append(f"{rule}.{key}")
-        return Layout(kept.items, sources, names, scalars, self._at_once(kept, names, capture, mutable))
+        at_once = self._at_once(kept, names, capture, mutable)
+        return Layout(kept.items, sources, names, scalars, kept.steady, at_once)
 
     def _at_once(self, kept: Layout, names: list[str], capture: Capture, mutable: Collection[str]) -> list[bool]:
         """What must be copied at once, worked out again only if one of the things that it depends on has changed."""
@@ -158,29 +209,37 @@ class Planner:
         layout = Layout([], [], [])  # type: ignore[arg-type]
         seen: dict[tuple[object, ...], int] = {}
         items = []
-        for item in related(_items(agreed.shards, agreed.pieces), capture.relations()):
-            piece = agreed.pieces[item.source]
-            local = local_tensor(live[item.fqn])
-            rows = local[piece.start : piece.stop] if local.dim() else local
+        for item, piece in zip(_items(agreed.holding, agreed.pieces, capture.relations), agreed.pieces):
+            rows = local_tensor(live[item.fqn])
+            if rows.dim() and piece.stop - piece.start != len(rows):
+                rows = rows[piece.start : piece.stop]
             place = (rows.data_ptr(), rows.dtype, rows.shape, rows.stride(), rows.device)
             number = seen.setdefault(place, len(layout.sources))
             if number == len(layout.sources):
                 layout.sources.append(rows)
                 layout.names.append(item.fqn)
-            items.append(item._replace(source=number))
-        return Layout(tuple(items), layout.sources, layout.names)
+            items.append(item if number == item.source else item._replace(source=number))
+        trained = {item.source for item in items if item.kin is not None}
+        steady = frozenset(range(len(layout.sources))) - trained
+        return Layout(tuple(items), layout.sources, layout.names, steady=steady)
 
 
-def related(items: Sequence[Item], relations: Mapping[str, Kin]) -> list[Item]:
-    """The items with their places in families; those of one family and box are cut by the widest element among them."""
-    grains: dict[tuple[str, Box], int] = defaultdict(int)
-    for i in items:
-        if (kin := relations.get(i.fqn)) is not None:
-            grains[kin.family, i.box] = max(grains[kin.family, i.box], i.item_bytes)
-    return [
-        i if (kin := relations.get(i.fqn)) is None else i._replace(kin=kin, grain=grains[kin.family, i.box])
-        for i in items
-    ]
+def _roll(said: Sequence[bytes]) -> bytes:
+    """Rank 0's list of who has what."""
+    ranks = [msgspec.msgpack.decode(s, type=_Said) for s in said]
+    tables: dict[str, int] = {}
+    speakers: list[int] = []
+    left = _MOST_TABLE_BYTES
+    for rank, one in enumerate(ranks):
+        if one.table not in tables and (left > one.table_bytes or len(tables) < 2):
+            tables[one.table] = len(tables)
+            speakers.append(rank)
+            left -= one.table_bytes
+    boxes: dict[bytes, int] = {}
+    texts = [msgspec.msgpack.encode(one.boxes) for one in ranks]
+    cut = [boxes.setdefault(text, len(boxes)) for text in texts]
+    distinct = [ranks[cut.index(n)].boxes for n in range(len(boxes))]
+    return msgspec.msgpack.encode(_Roll(speakers, [tables.get(one.table, -1) for one in ranks], distinct, cut))
 
 
 def _scalars(capture: Capture) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -188,26 +247,56 @@ def _scalars(capture: Capture) -> Iterator[tuple[str, str, torch.Tensor]]:
         yield from ((name, key, tensor) for key, tensor in rule.tensors.items())
 
 
-def _describe(capture: Capture, *, probe: bool) -> tuple[Shard, ...]:
-    kin = capture.relations()
-    return tuple(
-        shard_of(fqn, t, probe=probe, family=kin[fqn].family if fqn in kin else "")
-        for source in capture.sources
-        for fqn, t in source.items()
-    )
+def _describe(capture: Capture, *, probe: bool) -> Holding:
+    """What this rank has. Tensors are of one kind if they are cut alike on every rank, whatever that makes of them on
+    this one: of equal shape and dtype, and by the same mesh in the same way."""
+    kin = capture.relations
+    tensors = {fqn: t for source in capture.sources for fqn, t in source.items()}
+    numbers: dict[tuple[object, ...], int] = {}
+    kinds: list[Kind] = []
+    boxes: list[Box] = []
+    of: list[int] = []
+    for fqn, tensor in tensors.items():
+        key: tuple[object, ...] = (tensor.dtype, tensor.shape)
+        if isinstance(tensor, DTensor):
+            key += (tensor.device_mesh, tensor.placements)
+        else:
+            check_dense(fqn, tensor)
+        number = numbers.setdefault(key, len(kinds))
+        if number == len(kinds):
+            kinds.append(Kind(dtype_name(tensor.dtype), tuple(tensor.shape), tensor.element_size()))
+            boxes.append(local_box(fqn, tensor))
+        of.append(number)
+    families = [kin[fqn].family if fqn in kin else "" for fqn in tensors]
+    marks = probes(list(tensors.values())) if probe else [""] * len(tensors)
+    return Holding(Table(list(tensors), of, kinds, families, marks), boxes)
 
 
-def _items(shards: Sequence[Shard], pieces: Sequence[Piece]) -> list[Item]:
-    """The boxes of a rank's pieces; ``source`` is the piece's number."""
+def _boxes(holding: Holding, pieces: Sequence[Piece]) -> list[Box]:
+    """Where a rank's pieces lie in their tensors."""
     found = []
-    for number, piece in enumerate(pieces):
-        s = shards[piece.shard]
-        box = Box(s.offset, s.box)
-        if s.box:
-            box = Box((s.offset[0] + piece.start, *s.offset[1:]), (piece.stop - piece.start, *s.box[1:]))
-        found.append(Item(s.fqn, s.dtype, s.shape, box, s.item_bytes, number, local=False))
+    for tensor, start, stop in pieces:
+        box = holding.boxes[holding.table.of[tensor]]
+        if box.shape and stop - start != box.shape[0]:
+            box = Box((box.offset[0] + start, *box.offset[1:]), (stop - start, *box.shape[1:]))
+        found.append(box)
     return found
 
 
-def _digest(shards: Sequence[Shard], pieces: Sequence[Piece]) -> str:
-    return plan_digest((i.fqn, i.dtype, i.shape, i.box) for i in _items(shards, pieces))
+def _items(holding: Holding, pieces: Sequence[Piece], relations: Mapping[str, Kin]) -> list[Item]:
+    """The boxes of a rank's pieces, with their places in families; ``source`` is the piece's number.
+
+    Those of one family and box are cut by the widest element among them.
+    """
+    table, boxes = holding.table, _boxes(holding, pieces)
+    rows = [(table.names[piece.tensor], table.kinds[table.of[piece.tensor]], box) for piece, box in zip(pieces, boxes)]
+    grains: dict[tuple[str, Box], int] = defaultdict(int)
+    for fqn, kind, box in rows:
+        if (kin := relations.get(fqn)) is not None:
+            grains[kin.family, box] = max(grains[kin.family, box], kind.item_bytes)
+    found = []
+    for number, (fqn, kind, box) in enumerate(rows):
+        kin = relations.get(fqn)
+        grain = 0 if kin is None else grains[kin.family, box]
+        found.append(Item(fqn, kind.dtype, kind.shape, box, kind.item_bytes, number, False, kin, grain))
+    return found

@@ -7,9 +7,9 @@ which of them may change outside ``optimizer.step``.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, eq, is_
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpumove.errors import ConfigError
 from gpumove.state import rng
 from gpumove.state.families import Kin, Rule
-from gpumove.state.locals import local_tensor
+from gpumove.state.locals import local_tensors
 from gpumove.state.values import flatten, tensor_names
 
 Tensors: TypeAlias = dict[str, torch.Tensor]
@@ -70,19 +70,30 @@ class Member(Protocol):
         """Take over values, after all tensors were filled. ``tensors`` are those that no target was given for."""
 
 
-Signature: TypeAlias = tuple[list[Any], ...]
+class Signature:
+    """Identity, address and view of tensors: where it holds, references taken earlier are still the live ones."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._sharded = any(isinstance(t, DTensor) for t in tensors)
+        self._looks = list(_looks(local_tensors(tensors)))
+
+    def holds(self, values: Sequence[Any]) -> bool:
+        """Whether these are the same objects, and where they were."""
+        if len(values) != len(self._tensors) or not all(map(is_, values, self._tensors)):
+            return False
+        there = local_tensors(self._tensors) if self._sharded else self._tensors
+        return all(map(eq, _looks(there), self._looks))
+
+    def alike(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these have the same bytes, in the same view of them, whatever the objects."""
+        return len(tensors) == len(self._tensors) and all(map(eq, _looks(local_tensors(tensors)), self._looks))
 
 
-def signature(tensors: Iterable[torch.Tensor]) -> Signature:
-    """Identity, address and view of tensors: if equal, references taken earlier are still the live ones.
-
-    Lists of plain values: a tuple per tensor would set off the garbage collector at every tenth save of a large model,
-    which takes ten times as long as all of this.
-    """
-    given = list(tensors)
-    there = [local_tensor(t) if isinstance(t, DTensor) else t for t in given]
-    looks = (torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.stride, _DTYPE)
-    return ([*map(id, given)], *([*map(look, there)] for look in looks))
+def _looks(there: Iterable[torch.Tensor]) -> Iterator[tuple[Any, ...]]:
+    """One tensor after the other: a model's are in no cache when it is saved, and going over all of them again for each
+    thing to look at takes twice as long."""
+    return zip(*(map(look, there) for look in (torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.stride, _DTYPE)))
 
 
 _DTYPE = attrgetter("dtype")
@@ -100,10 +111,9 @@ class ModelMember:
     def live(self) -> Live:
         """References from torch's own API, kept as long as every parameter and buffer stays where it is."""
         self._reshard()
-        present = signature([*self.module.parameters(), *self.module.buffers()])
-        if present != self._signature or self._live.shared:
-            self._live = self._read()
-            self._signature = present
+        present = _members(self.module)
+        if self._signature is None or self._live.shared or not self._signature.holds(present):
+            self._live, self._signature = self._read(), Signature(present)
         return self._live
 
     def _reshard(self) -> None:
@@ -152,6 +162,15 @@ class ModelMember:
         """Hand extra state (``get_extra_state``) back; everything else was filled in place."""
         if values:
             set_model_state_dict(self.module, values, options=StateDictOptions(strict=False))
+
+
+def _members(root: nn.Module) -> list[torch.Tensor]:
+    """All parameters and buffers, in an order that lasts. torch's own walk builds every name, for nobody."""
+    found: list[torch.Tensor | None] = []
+    for part in root.modules():
+        found += part._parameters.values()
+        found += part._buffers.values()
+    return [t for t in found if t is not None]
 
 
 def canonical(root: nn.Module, name: str) -> str:

@@ -7,6 +7,8 @@ moments to the parameter's dtype. Neither is bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch.optim import Optimizer
 
 from gpumove.errors import ConfigError
 from gpumove.state.families import kin_of, rule_of
-from gpumove.state.members import Live, Meta, Signature, Tensors, signature
+from gpumove.state.members import Live, Meta, Signature, Tensors
 from gpumove.state.values import dtype_of, flatten
 
 _OURS = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
@@ -52,6 +54,8 @@ class OptimizerMember:
         )
         self._signature: Signature | None = None
         self._cached = Live()
+        self._hyper: tuple[Live, list[str], Signature, Live] | None = None
+        self._group_names: dict[int, tuple[list[Any], list[str]]] = {}
         self._filled: dict[int, tuple[str, ...]] = {}
 
     def live(self) -> Live:
@@ -59,24 +63,36 @@ class OptimizerMember:
         state = self._state()
         hyper: Tensors = {}
         groups = [self._group(g, group, hyper) for g, group in enumerate(self.optimizer.param_groups)]
+        both = self._with_hyper(state, hyper) if hyper else state
         shared = {"state": state.shared, "param_groups": groups}
-        live = Live(tensors=state.tensors, at_once=state.at_once, shared=shared, kin=state.kin)
-        if hyper:
-            # A scheduler may write to a tensor lr at any time.
-            live.tensors, live.at_once = {**state.tensors, **hyper}, state.at_once | set(hyper)
+        live = Live(tensors=both.tensors, at_once=both.at_once, shared=shared, kin=state.kin)
         for g, group in enumerate(self.optimizer.param_groups):
             if (rule := rule_of(self.optimizer, group)) is not None:
                 live.rules[f"{self.name}.{g}"] = rule
         return live
 
+    def _with_hyper(self, state: Live, hyper: Tensors) -> Live:
+        """State and hyper-parameters that are tensors; the same object as long as nothing was replaced or moved."""
+        names, tensors = list(hyper), list(hyper.values())
+        kept = self._hyper
+        if kept is None or kept[0] is not state or kept[1] != names or not kept[2].alike(tensors):
+            # A scheduler may write to a tensor lr at any time.
+            both = Live(tensors={**state.tensors, **hyper}, at_once=state.at_once | set(hyper))
+            kept = self._hyper = state, names, Signature(tensors), both
+        return kept[3]
+
     def _state(self) -> Live:
         """The state part of :meth:`live`, read again only if a tensor is another one or has moved."""
-        values = [v for entries in self.optimizer.state.values() for v in entries.values()]
+        values = list(chain.from_iterable(entries.values() for entries in self.optimizer.state.values()))
+        if self._signature is not None and self._signature.holds(values):
+            return self._cached
         tensors = [v for v in values if isinstance(v, torch.Tensor)]
-        present = signature(tensors)
-        if present != self._signature or len(tensors) != len(values):
-            self._cached, self._signature = self._read_state(), present
-        return self._cached
+        kept = self._signature is not None and self._signature.holds(tensors)
+        fresh = self._read_state()
+        if kept and fresh.tensors.keys() == self._cached.tensors.keys() and len(fresh.tensors) == len(tensors):
+            fresh.tensors = self._cached.tensors  # only plain values, such as step counters, are others
+        self._cached, self._signature = fresh, Signature(tensors)
+        return fresh
 
     def _read_state(self) -> Live:
         live = Live()
@@ -108,8 +124,15 @@ class OptimizerMember:
     def _group(self, index: int, group: Mapping[str, Any], hyper: Tensors) -> dict[str, Any]:
         where = f"{self.name}.param_groups.{index}"
         saved: dict[str, Any] = {k: flatten(f"{where}.{k}", v, hyper) for k, v in group.items() if k != "params"}
-        saved["params"] = [self._name_of(p) for p in group["params"]]
+        saved["params"] = self._names_of(index, group["params"])
         return saved
+
+    def _names_of(self, index: int, params: list[Any]) -> list[str]:
+        """The names of a group's parameters, worked out again only if it has others."""
+        kept = self._group_names.get(index)
+        if kept is None or len(kept[0]) != len(params) or not all(map(is_, kept[0], params)):
+            kept = self._group_names[index] = list(params), [self._name_of(p) for p in params]
+        return kept[1]
 
     def targets(self, saved: Mapping[str, Meta]) -> Tensors:
         """Live state tensors where they fit, new ones like the parameter where the optimizer has none yet.

@@ -74,20 +74,30 @@ class Peers:
             dist.broadcast(body, src=0, group=self._group)
         return bytes(body.numpy())
 
-    def scatter(self, messages: list[bytes]) -> bytes:
-        """From rank 0's list, each rank's own message. Other ranks pass an empty list."""
+    def ask(self, message: bytes, answer: Callable[[list[bytes]], bytes]) -> bytes:
+        """Everybody's message to rank 0, and to everybody what it makes of them.
+
+        Short ones, as at every meeting, take two collectives: nobody has to be told first how long they are.
+        """
         if self._group is None:
-            return messages[0]
-        sizes = torch.zeros(self.world_size, dtype=torch.int64, device="cpu")
-        if self.rank == 0:
-            sizes = torch.tensor([len(m) for m in messages], device="cpu")
+            return answer([message])
+        word = _slot(message, len(message))
+        into = [torch.empty_like(word) for _ in range(self.world_size)] if self.rank == 0 else None
         with _bounded():
-            dist.broadcast(sizes, src=0, group=self._group)
-            width = int(sizes.max())
-            mine = torch.empty(width, dtype=torch.uint8, device="cpu")
-            rows = [_tensor(m.ljust(width, b"\0")) for m in messages] if self.rank == 0 else None
-            dist.scatter(mine, rows, src=0, group=self._group)
-        return bytes(mine.numpy())[: int(sizes[self.rank])]
+            dist.gather(word, into, dst=0, group=self._group)
+        reply = b""
+        if into is not None:
+            found = [_read(slot) for slot in into]
+            short = all(size <= _ROOM for size, _ in found)
+            reply = answer([text for _, text in found]) if short else b""
+            word = _slot(reply, len(reply) if short else -1)
+        with _bounded():
+            dist.broadcast(word, src=0, group=self._group)
+        size, text = _read(word)
+        if size < 0:
+            messages = self.gather(message)
+            reply = answer(messages) if self.rank == 0 else b""
+        return text if 0 <= size <= _ROOM else self.broadcast(reply)
 
     def agree(self, where: str, work: Callable[[], T]) -> T:
         """Do the same work on all ranks and meet; its result, or on all of them the error that it raised on one.
@@ -101,13 +111,7 @@ class Peers:
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
             mine = error
         self.meet(where)
-        answers = self.gather(msgspec.msgpack.encode(describe(mine) if mine else None))
-        verdict = b""
-        if self.rank == 0:
-            found = [(rank, msgspec.msgpack.decode(a)) for rank, a in enumerate(answers)]
-            failed = sorted((e[0] == "IntegrityError", rank, e) for rank, e in found if e is not None)
-            verdict = msgspec.msgpack.encode(failed[0][1:] if failed else None)
-        worst = msgspec.msgpack.decode(self.broadcast(verdict))
+        worst = msgspec.msgpack.decode(self.ask(msgspec.msgpack.encode(describe(mine) if mine else None), _worst))
         if worst is None:
             return results[0]
         rank, described = worst
@@ -131,9 +135,32 @@ def _bounded() -> Iterator[None]:
         raise StoreError(f"another rank was lost while all met: {_first_line(error)}", code="store.peers") from error
 
 
+def _worst(answers: list[bytes]) -> bytes:
+    """Of the errors of all ranks (or None), the one to raise, with its rank."""
+    found = [(rank, msgspec.msgpack.decode(a)) for rank, a in enumerate(answers)]
+    failed = sorted((e[0] == "IntegrityError", rank, e) for rank, e in found if e is not None)
+    return msgspec.msgpack.encode(failed[0][1:] if failed else None)
+
+
 def process_rank() -> int:
     """This process's rank in the job; 0 if there is no process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+_SLOT = 512
+_ROOM = _SLOT - 8
+
+
+def _slot(message: bytes, size: int) -> torch.Tensor:
+    """A tensor of one size for everybody: a number, and the message as far as there is room."""
+    return _tensor((size.to_bytes(8, "little", signed=True) + message[:_ROOM]).ljust(_SLOT, b"\0"))
+
+
+def _read(slot: torch.Tensor) -> tuple[int, bytes]:
+    """The number, and the message if there was room for it."""
+    data = bytes(slot.numpy())
+    size = int.from_bytes(data[:8], "little", signed=True)
+    return size, data[8 : 8 + max(0, size)]
 
 
 def _tensor(message: bytes) -> torch.Tensor:

@@ -5,24 +5,37 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 
 from gpumove.errors import ConfigError
 from gpumove.tracing import Trace
 
+_VERSION = attrgetter("_version")
+
 
 class Snapshot:
     """A consistent copy in the making. ``view(i)`` is source i's bytes, row-major, after ``wait()``."""
 
-    def __init__(self, slots: Sequence[tuple[int, int]], arena: torch.Tensor, side: int, trace: Trace) -> None:
+    def __init__(
+        self,
+        slots: Sequence[tuple[int, int]],
+        arena: torch.Tensor,
+        side: int,
+        trace: Trace,
+        *,
+        nbytes: int,
+        serial: int,
+    ) -> None:
         self._slots, self.side, self.trace = slots, side, trace
         self._memory = memoryview(arena.numpy())  # type: ignore[arg-type]
         self._done = threading.Event()
         self._error: BaseException | None = None
         self._on_host = threading.Event()
         self._events: list[tuple[torch.device, torch.cuda.Event]] = []
-        self._watched: list[tuple[int, torch.Tensor, int]] = []
+        self._watched: tuple[Sequence[int], list[torch.Tensor], list[int]] = ([], [], [])
+        """Numbers of sources, the sources, and their versions: lists, since tuples wake the garbage collector."""
         self._comparing = threading.Lock()
         self._thread = threading.get_ident()
         self._sighted = threading.Event()
@@ -30,9 +43,14 @@ class Snapshot:
         """Sources that were not copied, because an older copy has the same bytes."""
         self.changed: list[int] = []
         """Sources that were changed while they were copied; filled by ``wait``."""
-        self.nbytes = sum(n for _, n in slots)
+        self.nbytes, self.serial = nbytes, serial
         self.fence_s = 0.0
         """Seconds that optimizer steps waited for this snapshot."""
+
+    def unchanged_since(self, serial: int | None) -> frozenset[int]:
+        """Sources known to have the bytes that they had in an earlier snapshot: in the one before this, or nothing is
+        known. Call it after ``wait``."""
+        return frozenset(self._unchanged) if serial == self.serial - 1 else frozenset()
 
     @property
     def done(self) -> bool:
@@ -100,8 +118,15 @@ class Snapshot:
         """Note what was changed under the copy, unless an optimizer may have done it since."""
         with self._comparing:
             if not self._sighted.is_set():
-                found = {i for i, t, version in self._watched if t._version != version}
-                self.changed += sorted(found - set(self.changed))
+                numbers, tensors, before = self._watched
+                now = list(map(_VERSION, tensors))
+                if now != before:
+                    found = {i for i, new, old in zip(numbers, now, before) if new != old}
+                    self.changed += sorted(found - set(self.changed))
+
+    def _watch(self, numbers: Sequence[int], tensors: list[torch.Tensor]) -> None:
+        """From here on a change of these is damage."""
+        self._watched = numbers, tensors, list(map(_VERSION, tensors))
 
     def _finish(self, error: BaseException | None) -> None:
         self._compare()

@@ -11,8 +11,8 @@ two, used in turn.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,18 +24,30 @@ from gpumove.state.snapshot import Snapshot
 from gpumove.state.unchanged import Watch, device_fingerprint, fingerprint
 from gpumove.tracing import Trace
 
+_LOOKERS = 2
+"""Threads that hash host memory: one alone does not use up the memory's bandwidth."""
+
 
 class Stager:
     """Makes snapshots into kept arenas, one at a time: the next ``stage`` overwrites all but the one that is kept."""
 
-    def __init__(self, *, overlap: bool) -> None:
-        self._overlap = overlap
+    def __init__(self, *, overlap: bool, skip: str = "off") -> None:
+        """Nothing is allocated yet.
+
+        Args:
+            overlap: copy beside the training; else ``stage`` returns when all is copied.
+            skip: whose unchanged tensors are looked for instead of copied: ``host``, ``all`` or ``off``.
+        """
+        self._overlap, self._skip = overlap, skip
+        self._serial = 0
         self._sides = (Side(), Side())
         self._current: Snapshot | None = None
         self._kept: Snapshot | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._watch = Watch()
         self._order: _Order | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpumove-stage")
+        self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="gpumove-look")
         self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     @property
@@ -50,8 +62,10 @@ class Stager:
     def trim(self) -> None:
         """Give the second arena back, if nothing is kept in it; not while a copy runs."""
         if self._kept is None and self._current is not None:
-            self._sides[1 - self._current.side].release()
-            self._watch.forget()
+            other = self._sides[1 - self._current.side]
+            if other.arena.nbytes:
+                other.release()
+                self._watch.forget()  # the older copy of something may have been there
 
     def settle(self, clean: Iterable[int] | None) -> None:
         """A save ended: these sources did not change since the one before. None: it failed, so nothing is known."""
@@ -75,51 +89,65 @@ class Stager:
         nbytes = staged_bytes(sources) + extra_bytes
         used = {snapshot.side for snapshot in (self._current, self._kept) if snapshot is not None}
         for number in {0, 1 if both else 0} - used:
-            self._sides[number].prepare(nbytes, pin=any(t.is_cuda for t in sources))
+            self._sides[number].prepare(sources, nbytes, pin=any(t.is_cuda for t in sources))
 
-    def stage(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool], trace: Trace | None = None) -> Snapshot:
+    def stage(
+        self,
+        sources: Sequence[torch.Tensor],
+        at_once: Sequence[bool],
+        trace: Trace | None = None,
+        *,
+        steady: frozenset[int] = frozenset(),
+    ) -> Snapshot:
         """Begin a snapshot and return; it completes in the background.
 
         Args:
             sources: local tensors on any device.
-            at_once: per source, whether it may change before the next optimizer step.
+            at_once: per source, whether it may change before the next optimizer step. The same list object says that
+                the sources are those of the last call, though they may have moved.
             trace: gets what the copy took.
+            steady: sources worth a look for changes before any save has told which have none.
         """
         number = 0 if self._current is None else self._current.side
         if self._kept is not None:
             number = 1 - self._kept.side
         side = self._sides[number]
-        order = self._order_of(sources, at_once)
+        order = self._order_of(sources, at_once, steady)
         side.lay_out(sources, order.specs)
-        snapshot = Snapshot(side.slots, side.arena.reserve(0, pin=False), number, trace or Trace(on=False))
-        looked = [i for i in order.watched if i in self._watch.candidates] if self._watch.candidates else []
+        arena = side.arena.reserve(0, pin=False)
+        self._serial += 1
+        snapshot = Snapshot(
+            side.slots, arena, number, trace or Trace(on=False), nbytes=side.nbytes, serial=self._serial
+        )
+        looked = [i for i in order.lookable if i in self._watch.candidates] if self._watch.candidates else []
         copied = sorted(set(order.later) - set(looked)) if looked else order.later
         work = _Work(snapshot, self._current, side.copies, sources, at_once, copied, looked)
         self._copy(work, order.now)
-        snapshot._watched = [(i, sources[i], sources[i]._version) for i in order.watched]
+        snapshot._watch(order.watched, [sources[i] for i in order.watched])
         self._mark(work)  # before the copies: the sooner it is known what is left to copy
         self._enqueue(work, [i for i in work.copied if sources[i].is_cuda])
         if not order.later:
             snapshot._finish(None)
         else:
-            threading.Thread(target=self._complete, args=(work,), name="gpumove-stage", daemon=True).start()
+            # A new thread would run, and hold the GIL, before start() returns.
+            self._thread.submit(self._complete, work)
             if not self._overlap:
                 snapshot._done.wait()
         snapshot.sight()
         self._current = snapshot  # last: an optimizer must never wait for a copy that did not begin
         return snapshot
 
-    def _order_of(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool]) -> _Order:
+    def _order_of(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool], steady: frozenset[int]) -> _Order:
         """What is copied when; kept while the caller hands out the same list of what is to be copied at once."""
         if self._order is not None and self._order.at_once is at_once and len(self._order.specs) == len(sources):
             return self._order
         specs = [(t.dtype, t.shape) for t in sources]
-        if self._order is None or self._order.specs != specs:
-            self._watch.forget()
+        self._watch.forget(steady)  # number n may be another tensor now
         now = [i for i, t in enumerate(sources) if not t.is_cuda and (at_once[i] or not self._overlap or _small(t))]
         later = sorted(set(range(len(sources))) - set(now))
         watched = [i for i in later if not at_once[i] and not sources[i].is_inference()]
-        self._order = _Order(at_once, specs, now, later, watched)
+        lookable = [i for i in watched if self._skip == "all" or (self._skip == "host" and not sources[i].is_cuda)]
+        self._order = _Order(at_once, specs, now, later, watched, lookable)
         return self._order
 
     def _copy(self, work: _Work, which: Sequence[int]) -> None:
@@ -183,8 +211,8 @@ class Stager:
         """Which candidates have to be copied after all; of the others the older copy is used."""
         for event in work.marked:
             event.synchronize()
-        marks = {i: fingerprint(work.sources[i], work.marks.get(i)) for i in work.looked}
-        changed = self._watch.changed(marks)
+        found = self._lookers.map(lambda i: fingerprint(work.sources[i], work.marks.get(i)), work.looked)
+        changed = self._watch.changed(dict(zip(work.looked, found)))
         if work.before is not None:
             work.snapshot._unchanged = {i: work.before.view(i) for i in set(work.looked) - set(changed)}
         return changed
@@ -194,19 +222,23 @@ class Stager:
         self._hook.remove()
         if self._current is not None:
             self._current._done.wait()
+        self._thread.shutdown()
+        self._lookers.shutdown()
         self._current = self._kept = None
         for side in self._sides:
             side.release()
 
 
 class _Order(NamedTuple):
-    """Which sources are copied before ``stage`` returns and which later; of the latter, whose changes can be seen."""
+    """Which sources are copied before ``stage`` returns and which later; of the latter, whose changes can be seen, and
+    which of these may be looked at instead of being copied."""
 
     at_once: Sequence[bool]
     specs: Specs
     now: list[int]
     later: list[int]
     watched: list[int]
+    lookable: list[int]
 
 
 @dataclass

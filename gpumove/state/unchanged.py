@@ -71,11 +71,11 @@ class Watch:
     def __init__(self) -> None:
         self._known: dict[int, bytes] = {}
         self.candidates: frozenset[int] = frozenset()
-        """Sources worth a look: those that were unchanged at the last save."""
+        """Sources worth a look: those that were unchanged at the last save, or are likely to be."""
 
-    def forget(self) -> None:
-        """The layout or the memory behind it is another one."""
-        self._known, self.candidates = {}, frozenset()
+    def forget(self, candidates: frozenset[int] = frozenset()) -> None:
+        """The layout or the memory behind it is another one; these sources are worth a look all the same."""
+        self._known, self.candidates = {}, candidates
 
     def settle(self, clean: Iterable[int]) -> None:
         """A save ended: these sources were as they were at the one before."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import groupby
 
 import msgspec
 
@@ -49,7 +51,7 @@ class View:
                 seen = replace(seen, epoch=entry.epoch, writer=entry.writer, host=entry.host)
                 return seen._going_on_from(entry.resumed)
             case Checkpoint():
-                return replace(seen, checkpoints=(*self.checkpoints, entry), resumed=None)
+                return self.committed([entry])
             case Note():
                 return replace(seen, damaged=self.damaged | set(entry.damaged))._going_on_from(entry.resumed)
             case Pin():
@@ -60,6 +62,10 @@ class View:
                     seen, checkpoints=entry.kept, resumed=entry.resumed, first=entry.number, epoch=entry.epoch,
                     abandoned=frozenset(entry.abandoned),
                 )  # fmt: skip
+
+    def committed(self, entries: Sequence[Checkpoint]) -> View:
+        """The view after a row of checkpoints."""
+        return replace(self, head=entries[-1].number, checkpoints=(*self.checkpoints, *entries), resumed=None)
 
     def _going_on_from(self, number: int | None) -> View:
         if number is None:
@@ -98,6 +104,9 @@ def replay(entries: Sequence[LogEntry | Broken], head: int) -> View:
             code="integrity.log_hole",
         )
     view = View()
-    for entry in live:
-        view = view.extended(entry)
+    for _, row in groupby(live, key=lambda entry: isinstance(entry, Checkpoint)):
+        entries = list(row)
+        # Rows of checkpoints at once: one by one, a year of them would be copied as often as there are entries.
+        common = [entry for entry in entries if isinstance(entry, Checkpoint)]
+        view = view.committed(common) if common else reduce(View.extended, entries, view)
     return view

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from gpumove import Checkpointer, GpumoveError
 from gpumove.state import layout
-from gpumove.state.peers import Peers
+from gpumove.state.layout import Planner
 from tests.dist.harness import run
 from tests.dist.jobs import SETTINGS, equal_linear, make, url_of
 
@@ -159,7 +159,7 @@ def test_waiting_for_a_checkpoint_that_is_gone_ends_at_once(tmp_path: Path) -> N
 
 def count_plans(rank: int, url: str) -> list[tuple[int, int]]:
     """(descriptions, agreements) so far, after each of some meetings."""
-    calls = {"describe": 0, "scatter": 0}
+    calls = {"describe": 0, "agree": 0}
 
     def counted(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
@@ -169,7 +169,7 @@ def count_plans(rank: int, url: str) -> list[tuple[int, int]]:
         return call
 
     layout._describe = counted("describe", layout._describe)
-    Peers.scatter = counted("scatter", Peers.scatter)  # type: ignore[method-assign]
+    Planner.agree = counted("agree", Planner.agree)  # type: ignore[method-assign]
     job = make("fsdp2", rank)
     found = []
     with job.checkpointer(url) as ckpt:
@@ -177,7 +177,7 @@ def count_plans(rank: int, url: str) -> list[tuple[int, int]]:
         for step in range(1, 5):
             job.train(None, step - 1, step)
             ckpt.save(step).wait()
-            found.append((calls["describe"], calls["scatter"]))
+            found.append((calls["describe"], calls["agree"]))
     return found
 
 
