@@ -33,9 +33,8 @@ from benchmarks.codec.targets import (
     speed_verdicts,
     thread_verdicts,
 )
-from benchmarks.figures import Verdict
 from benchmarks.machine import facts
-from benchmarks.report import write_json
+from benchmarks.report import Verdict, write_json
 from gpumove.format import native
 
 _DISTANCES = (1, 2, 5, 10)

@@ -10,7 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("gpumove", "torch", "numpy", "fsspec", "s3fs", "safetensors", "zstandard", "xxhash", "msgspec")
+_PACKAGES = (
+    "gpumove", "torch", "numpy", "fsspec", "s3fs", "safetensors", "zstandard", "xxhash", "msgspec", "zipnn",
+    "torch_checkpointing", "torchsnapshot", "orbax-checkpoint", "s3torchconnector",
+)  # fmt: skip
 _STATUS = Path("/proc/self/status")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +91,24 @@ class Place:
         fs = self.file_system()
         if fs.exists(url):
             fs.rm(url, recursive=True)
+
+
+@contextlib.contextmanager
+def fresh_place(store: str, scratch: Path) -> Iterator[Place]:
+    """An empty place, gone afterwards, and with it the S3 server, which keeps objects in memory."""
+    if store == "file":
+        place = Place((scratch / "run").resolve().as_uri())
+        try:
+            yield place
+        finally:
+            place.remove()
+        return
+    from tests.servers import ministack
+
+    server = Path(tempfile.mkdtemp(dir=scratch))
+    with ministack(server) as bucket:
+        yield Place(f"{bucket.url}/run", bucket.options)
+    shutil.rmtree(server, ignore_errors=True)
 
 
 def _files(top: Path) -> Iterator[Path]:

@@ -95,11 +95,11 @@ def _mib(nbytes: float) -> str:
 
 def run(place: Place, *, size_mb: float, saves: int, budget_mib: int) -> Soak:
     """Train and save; measure after each save."""
-    from benchmarks.workload import Job
+    from benchmarks.workload import gpt
     from gpumove import Checkpointer  # before the measurement: modules are no part of a save
 
     place.nbytes()  # nor is a cloud's client, tens of megabytes of modules and service descriptions
-    job = Job(size_mb, layers=4)
+    job = gpt(size_mb, layers=4)
     for _ in range(10):
         job.train_step()
     reset_peak()

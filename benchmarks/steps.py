@@ -26,11 +26,9 @@ from benchmarks.codec.regimes import Regime, Scale
 from benchmarks.codec.tables import outcome
 from benchmarks.codec.text import corpora
 from benchmarks.codec.training import Training
-from benchmarks.figures import Verdict
 from benchmarks.machine import facts
-from benchmarks.places import Place
-from benchmarks.report import write_json
-from benchmarks.save_restore import fresh_place
+from benchmarks.places import Place, fresh_place
+from benchmarks.report import Verdict, write_json
 from benchmarks.workload import digest_of
 from gpumove import Checkpointer
 

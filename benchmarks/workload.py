@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
 import xxhash
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -84,23 +86,12 @@ class StepTimes:
         return self.compute_s + self.wait_s + self.optimizer_s
 
 
-@dataclass
 class Job:
-    """A model, its optimizer, and steps on random tokens that are timed from outside of any checkpointer."""
+    """A model, its optimizer, and steps that are timed from outside of any checkpointer."""
 
-    size_mb: float
-    seed: int = 0
-    tokens: int = 16
-    layers: int = 12
-    step: int = 0
-    model: Decoder = field(init=False)
-    optimizer: torch.optim.AdamW = field(init=False)
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(self.seed)
-        self.model = decoder(self.size_mb, layers=self.layers)
-        # The fused kernel is the only one on the CPU that is not ten times slower than the memory it walks through.
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], torch.Tensor]) -> None:
+        self.model, self.optimizer, self._loss = model, optimizer, loss
+        self.step = 0
         self._before = self._after = 0.0
         self._hooks = [register_optimizer_step_pre_hook(self._note_before)]
 
@@ -117,11 +108,7 @@ class Job:
     def train_step(self) -> StepTimes:
         """One step: forward, backward, optimizer, zero_grad."""
         began = perf_counter()
-        vocabulary = self.model.tokens.num_embeddings
-        tokens = torch.randint(0, vocabulary, (1, self.tokens + 1))
-        logits = self.model(tokens[:, :-1])
-        loss = functional.cross_entropy(logits.view(-1, vocabulary), tokens[:, 1:].reshape(-1))
-        loss.backward()
+        self._loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         ended = perf_counter()
@@ -131,12 +118,12 @@ class Job:
         return StepTimes(self._before - began, self._after - self._before, ended - self._after)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the state, each once, by name."""
+        """Every tensor of the state, each once, by name; of a sharded one what is here."""
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach()
+            yield name, _local(parameter.detach())
             for key, value in sorted(self.optimizer.state.get(parameter, {}).items()):
                 if isinstance(value, torch.Tensor):
-                    yield f"{name}.{key}", value
+                    yield f"{name}.{key}", _local(value)
 
     @property
     def state_bytes(self) -> int:
@@ -151,6 +138,26 @@ class Job:
         with torch.no_grad():
             for _, tensor in self.tensors():
                 tensor.fill_(-1.0)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gpt(size_mb: float, *, seed: int = 0, tokens: int = 16, layers: int = 12) -> Job:
+    """A decoder in fp32 with AdamW, on a few random tokens per step."""
+    torch.manual_seed(seed)
+    model = decoder(size_mb, layers=layers)
+    # The fused kernel is the only one on the CPU that is not ten times slower than the memory it walks through.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return Job(model, optimizer, partial(next_token_loss, model, model.tokens.num_embeddings, tokens))
+
+
+def next_token_loss(model: nn.Module, vocabulary: int, tokens: int) -> torch.Tensor:
+    """Of a decoder on random tokens."""
+    drawn = torch.randint(0, vocabulary, (1, tokens + 1))
+    logits = model(drawn[:, :-1])
+    return functional.cross_entropy(logits.view(-1, vocabulary), drawn[:, 1:].reshape(-1))
 
 
 def digest_of(tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]) -> str:

@@ -12,7 +12,7 @@ from benchmarks.codec.ratios import Total
 from benchmarks.codec.speed import Pace
 from benchmarks.codec.states import ORDER
 from benchmarks.codec.targets import BASE, BEST, FP32, total_rate
-from benchmarks.figures import Verdict
+from benchmarks.report import Verdict
 
 
 def _percent(fraction: float | None) -> str:

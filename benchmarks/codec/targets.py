@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.codec.ratios import Total
 from benchmarks.codec.speed import Pace
-from benchmarks.figures import Verdict
+from benchmarks.report import Verdict
 
 OURS = "gpumove"
 BASE, SUB, BEST = "gpumove base", "gpumove sub", "gpumove"

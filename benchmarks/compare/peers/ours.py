@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.contract import Peer, Wait
+from benchmarks.compare.peers.contract import Peer, Wait
+from benchmarks.compare.world import World
 from benchmarks.places import Place
 from benchmarks.workload import Job
 from gpumove.checkpointer import Checkpointer
 from gpumove.handle import SaveHandle
 
+_PLANNING = "plan"
+"""The span of planning in a trace."""
+
 
 class Gpumove(Peer):
     """Defaults, but for the moments of saving: the harness sets those."""
 
-    def __init__(self, job: Job, place: Place, *, codec: str | None) -> None:
-        super().__init__(job, place)
-        self._settings: dict[str, Any] = {"every_s": None} | ({"codec": codec} if codec else {})
+    def __init__(self, job: Job, place: Place, world: World, **settings: Any) -> None:
+        super().__init__(job, place, world)
+        self._settings: dict[str, Any] = {"every_s": None, **settings}
+        self._traces: Path | None = None
+        if world.group() is not None and place.local is not None:
+            # Only where planning is a figure: several ranks. Beside the run, as a trace is no part of it.
+            self._traces = place.local.with_name("traces")
+            self._settings["trace_dir"] = str(self._traces)
         self._checkpointer: Checkpointer | None = None
         self._last: SaveHandle | None = None
 
@@ -62,7 +72,12 @@ class Gpumove(Peer):
             "new_bytes": stats.new_bytes,
             "clean_bytes": stats.clean_bytes,
             "peak_bytes": stats.peak_bytes,
+            **self._planning(self._last),
         }
+
+    def _planning(self, handle: SaveHandle) -> dict[str, float]:
+        found = handle.trace.seconds()
+        return {"plan_s": found[_PLANNING]} if _PLANNING in found else {}
 
     def restore(self) -> dict[str, float]:
         self.close()

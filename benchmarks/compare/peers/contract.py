@@ -1,23 +1,22 @@
-"""The contract of a peer, and the list of those that there are. Their packages are imported only when asked for."""
+"""The contract of a peer."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Callable
 
+from benchmarks.compare.world import World
 from benchmarks.places import Place
 from benchmarks.workload import Job
 
 Wait = Callable[[], None]
 
-NAMES = ("gpumove", "gpumove-raw", "torch.save", "dcp.save", "dcp.async_save")
-
 
 class Peer(abc.ABC):
     """One way to save a job. Every method is called in the training thread; ``Wait`` functions in another."""
 
-    def __init__(self, job: Job, place: Place) -> None:
-        self.job, self.place = job, place
+    def __init__(self, job: Job, place: Place, world: World) -> None:
+        self.job, self.place, self.world = job, place, world
         self.saved: list[str] = []
         """Names of the saves that this peer's user has to delete; none where the peer has retention."""
 
@@ -52,17 +51,12 @@ class Peer(abc.ABC):
     def close(self) -> None:  # noqa: B027 - most peers keep nothing open
         """Give everything back."""
 
+    def next_name(self) -> str:
+        """What a peer without retention calls the save that it begins now."""
+        self.saved.append(f"step-{self.job.step}")
+        return self.saved[-1]
 
-def make(name: str, job: Job, place: Place) -> Peer:
-    """A peer by its name."""
-    if name.startswith("gpumove"):
-        from benchmarks.peers.ours import Gpumove
-
-        return Gpumove(job, place, codec="raw" if name.endswith("-raw") else None)
-    if name == "torch.save":
-        from benchmarks.peers.torch_save import TorchSave
-
-        return TorchSave(job, place)
-    from benchmarks.peers.dcp import Dcp
-
-    return Dcp(job, place, background=name == "dcp.async_save")
+    def sync(self, name: str) -> None:
+        """Make durable what the peer left in the page cache; one rank does it for all."""
+        if self.world.rank == 0:
+            self.place.sync(name)

@@ -1,0 +1,1 @@
+"""gpumove beside its peers: `python -m benchmarks.compare`."""
