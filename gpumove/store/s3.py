@@ -61,7 +61,7 @@ class S3Backend(CloudBackend):
             self._client = client
             # A server that never says "100 Continue" would hang every PUT: aiohttp waits for it without a limit.
             client.meta.events.unregister("before-call.s3", add_expect_header)
-            # Our CRC32 covers the body. SHA-256 of it for the signature costs a core, and over plain HTTP, whose answers
+            # Our CRC32 covers the body. SHA-256 for the signature costs a core, and over plain HTTP, whose answers
             # nobody signs, protects half of the way. Who wants it all the same sets payload_signing_enabled.
             client.meta.config.s3 = {"payload_signing_enabled": False, **(client.meta.config.s3 or {})}
         return await fs._call_s3(method, Bucket=self._bucket, **arguments)
