@@ -152,6 +152,7 @@ class Checkpointer:
             IntegrityError: every checkpoint is damaged.
             StoreError: the store failed, or cannot hold a run.
         """
+        self._runner.drop(self._last)
         self._runner.settle(self._last, abandon=True)
         self._runner.idle()  # the log has one user at a time
         candidates = self._claim(step)
@@ -380,6 +381,7 @@ class Checkpointer:
             return
         self._closed = True
         try:
+            self._runner.drop(self._last)
             self._runner.settle(self._last, abandon=False)
         finally:
             self._runner.close()

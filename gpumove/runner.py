@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import threading
@@ -98,8 +97,11 @@ class Runner:
     def _adopt(
         self, table: dict[ChunkKey, Stored], snapshot: Snapshot, layout: Layout, capture: Capture, keep: bool
     ) -> None:
-        with contextlib.suppress(ConfigError):  # torn ones too: every base is compared with its digest before use
+        try:
             snapshot.wait()
+        except ConfigError as error:
+            if error.code != "config.torn":  # of torn ones too every base is compared with its digest before use
+                return
         rules = settled(capture.rules, layout.scalars, snapshot.view)
         self._writer.follow(table, layout.items, snapshot, rules=rules, keep=keep)
 
@@ -112,7 +114,13 @@ class Runner:
     def prepare(self, sources: Sequence[torch.Tensor]) -> None:
         """Touch the staging memory before the first save needs it."""
         both = self.keeps(staged_bytes(sources))
+        self._stager.go_on()
         self._pending.append(self._thread.submit(self._stager.prepare, sources, both=both))
+
+    def drop(self, handle: SaveHandle | None) -> None:
+        """What prepares the next save, or follows on from a restore, is not wanted any more; a running save is."""
+        if handle is None or handle.finished:
+            self._stager.give_up()
 
     def settle(self, handle: SaveHandle | None, *, abandon: bool) -> None:
         """Wait until nothing uses the staging memory, telling a running save to give up if so asked."""

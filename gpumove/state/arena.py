@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from gpumove.errors import ConfigError
 _LINE, _PAGE = 64, 4096
 _PAGED_BYTES = 64 << 10
 """Larger tensors start on a page: they can go to a disk from where they lie."""
+PIECE_BYTES = 16 << 20
+"""What is touched or copied between two looks whether it is still wanted: up to 0.05 s where memory is new."""
 
 
 class Arena:
@@ -72,11 +74,15 @@ class Side:
         self.copies: list[torch.Tensor] = []
         self._specs: Specs = []
 
-    def prepare(self, sources: Sequence[torch.Tensor], nbytes: int, *, pin: bool) -> None:
-        """Touch this much memory, and lay these sources out in it."""
+    def prepare(self, sources: Sequence[torch.Tensor], nbytes: int, *, pin: bool, wanted: Callable[[], bool]) -> None:
+        """Touch this much memory, as long as that is wanted, and lay these sources out in it."""
         if nbytes > self.arena.nbytes:
             self._specs, self.copies = [], []  # they point into the arena that goes
-            self.arena.reserve(nbytes, pin=pin).zero_()
+            memory = self.arena.reserve(nbytes, pin=pin)
+            for at in range(0, len(memory), PIECE_BYTES):
+                if not wanted():
+                    return
+                memory[at : at + PIECE_BYTES].zero_()
         self.lay_out(sources, [(t.dtype, t.shape) for t in sources])
 
     def lay_out(self, sources: Sequence[torch.Tensor], specs: Specs) -> None:

@@ -11,15 +11,17 @@ two, used in turn.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from gpumove.state.arena import Side, Specs, staged_bytes
+from gpumove.errors import ConfigError
+from gpumove.state.arena import Side, staged_bytes
+from gpumove.state.copies import Order, Work, is_small, pieces
 from gpumove.state.snapshot import Snapshot
 from gpumove.state.unchanged import Watch, device_fingerprint, fingerprint
 from gpumove.tracing import Trace
@@ -40,12 +42,13 @@ class Stager:
         """
         self._overlap, self._skip = overlap, skip
         self._serial = 0
+        self._given_up = threading.Event()
         self._sides = (Side(), Side())
         self._current: Snapshot | None = None
         self._kept: Snapshot | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._watch = Watch()
-        self._order: _Order | None = None
+        self._order: Order | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpumove-stage")
         self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="gpumove-look")
         self._hook = register_optimizer_step_pre_hook(self._before_step)
@@ -74,6 +77,17 @@ class Stager:
         else:
             self._watch.settle(clean)
 
+    def give_up(self) -> None:
+        """What is being prepared or copied now is not wanted: let it end early."""
+        self._given_up.set()
+
+    def go_on(self) -> None:
+        """What begins from now on is wanted."""
+        if self._given_up.is_set():
+            if self._current is not None:
+                self._current._done.wait()
+            self._given_up.clear()
+
     def _before_step(self, *_: Any) -> None:
         if self._current is not None:
             self._current.fence()
@@ -89,7 +103,8 @@ class Stager:
         nbytes = staged_bytes(sources) + extra_bytes
         used = {snapshot.side for snapshot in (self._current, self._kept) if snapshot is not None}
         for number in {0, 1 if both else 0} - used:
-            self._sides[number].prepare(sources, nbytes, pin=any(t.is_cuda for t in sources))
+            pin = any(t.is_cuda for t in sources)
+            self._sides[number].prepare(sources, nbytes, pin=pin, wanted=lambda: not self._given_up.is_set())
 
     def stage(
         self,
@@ -108,6 +123,7 @@ class Stager:
             trace: gets what the copy took.
             steady: sources worth a look for changes before any save has told which have none.
         """
+        self.go_on()
         number = 0 if self._current is None else self._current.side
         if self._kept is not None:
             number = 1 - self._kept.side
@@ -121,8 +137,8 @@ class Stager:
         )
         looked = [i for i in order.lookable if i in self._watch.candidates] if self._watch.candidates else []
         copied = sorted(set(order.later) - set(looked)) if looked else order.later
-        work = _Work(snapshot, self._current, side.copies, sources, at_once, copied, looked)
-        self._copy(work, order.now)
+        work = Work(snapshot, self._current, side.copies, sources, at_once, copied, looked)
+        self._copy([work.copies[i] for i in order.now], [sources[i] for i in order.now])
         snapshot._watch(order.watched, [sources[i] for i in order.watched])
         self._mark(work)  # before the copies: the sooner it is known what is left to copy
         self._enqueue(work, [i for i in work.copied if sources[i].is_cuda])
@@ -137,23 +153,23 @@ class Stager:
         self._current = snapshot  # last: an optimizer must never wait for a copy that did not begin
         return snapshot
 
-    def _order_of(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool], steady: frozenset[int]) -> _Order:
+    def _order_of(self, sources: Sequence[torch.Tensor], at_once: Sequence[bool], steady: frozenset[int]) -> Order:
         """What is copied when; kept while the caller hands out the same list of what is to be copied at once."""
         if self._order is not None and self._order.at_once is at_once and len(self._order.specs) == len(sources):
             return self._order
         specs = [(t.dtype, t.shape) for t in sources]
         self._watch.forget(steady)  # number n may be another tensor now
-        now = [i for i, t in enumerate(sources) if not t.is_cuda and (at_once[i] or not self._overlap or _small(t))]
+        now = [i for i, t in enumerate(sources) if not t.is_cuda and (at_once[i] or not self._overlap or is_small(t))]
         later = sorted(set(range(len(sources))) - set(now))
         watched = [i for i in later if not at_once[i] and not sources[i].is_inference()]
         lookable = [i for i in watched if self._skip == "all" or (self._skip == "host" and not sources[i].is_cuda)]
-        self._order = _Order(at_once, specs, now, later, watched, lookable)
+        self._order = Order(at_once, specs, now, later, watched, lookable)
         return self._order
 
-    def _copy(self, work: _Work, which: Sequence[int]) -> None:
+    def _copy(self, into: list[torch.Tensor], from_: list[torch.Tensor]) -> None:
         # _foreach_copy_ releases the GIL for the whole list; untyped_storage().copy_() would hold it.
-        if which:
-            torch._foreach_copy_([work.copies[i] for i in which], [work.sources[i] for i in which])
+        if into:
+            torch._foreach_copy_(into, from_)
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         """The side stream of a device."""
@@ -161,7 +177,7 @@ class Stager:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._streams[device]
 
-    def _mark(self, work: _Work) -> None:
+    def _mark(self, work: Work) -> None:
         """Queue device tensors' fingerprints, and their way to the host, behind what the current stream has to do."""
         for device in {work.sources[i].device for i in work.looked if work.sources[i].is_cuda}:
             stream = self._stream(device)
@@ -175,7 +191,7 @@ class Stager:
                 event.record(stream)
             work.marked.append(event)
 
-    def _enqueue(self, work: _Work, which: Sequence[int]) -> None:
+    def _enqueue(self, work: Work, which: Sequence[int]) -> None:
         """Queue device copies on a side stream that starts behind what the current stream has been given so far."""
         for device in {work.sources[i].device for i in which}:
             mine = [i for i in which if work.sources[i].device == device]
@@ -191,23 +207,27 @@ class Stager:
             work.snapshot._events.append((device, event))
             work.keep += sources_now + list(taken.values())  # registered memory is not tracked by the allocator
 
-    def _complete(self, work: _Work) -> None:
+    def _complete(self, work: Work) -> None:
         snapshot, error = work.snapshot, None
         try:
             # Candidates first: until it is known which of them are copied, an optimizer has to wait on the host.
             with snapshot.trace.span("copy"):
                 changed = self._look(work)
                 self._enqueue(work, [i for i in changed if work.sources[i].is_cuda])
-                self._copy(work, [i for i in (*work.copied, *changed) if not work.sources[i].is_cuda])
+                for into, from_ in pieces(work, (*work.copied, *changed)):
+                    if self._given_up.is_set():
+                        raise ConfigError("the copy was given up", code="config.given_up")
+                    self._copy(into, from_)
                 snapshot._on_host.set()
                 for _, event in snapshot._events:
                     event.synchronize()
         except BaseException as failure:  # noqa: BLE001 - handed to whoever waits
             error = failure
+            self._watch.forget()  # some of what was looked at was to be copied, and is not
         work.keep.clear()
         snapshot._finish(error)
 
-    def _look(self, work: _Work) -> list[int]:
+    def _look(self, work: Work) -> list[int]:
         """Which candidates have to be copied after all; of the others the older copy is used."""
         for event in work.marked:
             event.synchronize()
@@ -227,38 +247,3 @@ class Stager:
         self._current = self._kept = None
         for side in self._sides:
             side.release()
-
-
-class _Order(NamedTuple):
-    """Which sources are copied before ``stage`` returns and which later; of the latter, whose changes can be seen, and
-    which of these may be looked at instead of being copied."""
-
-    at_once: Sequence[bool]
-    specs: Specs
-    now: list[int]
-    later: list[int]
-    watched: list[int]
-    lookable: list[int]
-
-
-@dataclass
-class _Work:
-    """One snapshot in the making: ``copied`` are copied later in any case, ``looked`` only if they changed since the
-    snapshot ``before``, which has the newest copy of everything."""
-
-    snapshot: Snapshot
-    before: Snapshot | None
-    copies: Sequence[torch.Tensor]
-    sources: Sequence[torch.Tensor]
-    at_once: Sequence[bool]
-    copied: list[int]
-    looked: list[int]
-    marks: dict[int, torch.Tensor] = field(default_factory=dict)
-    """On the host once ``marked`` has happened."""
-    marked: list[torch.cuda.Event] = field(default_factory=list)
-    keep: list[torch.Tensor] = field(default_factory=list)
-
-
-def _small(tensor: torch.Tensor) -> bool:
-    """Scalars such as step counters: copying them now is cheaper than watching them."""
-    return tensor.numel() <= 16

@@ -24,10 +24,10 @@ def slow_down(copy_s: float = 0.0, put_s: float = 0.0) -> None:
     """Make staging and uploads slow enough that training steps surely run beside them."""
     copy, put = Stager._copy, FileBackend.put
 
-    def slow_copy(self: Stager, sources: Sequence[torch.Tensor], which: Sequence[int]) -> None:
-        if threading.current_thread().name == "gpumove-stage":
+    def slow_copy(self: Stager, into: list[torch.Tensor], from_: list[torch.Tensor]) -> None:
+        if threading.current_thread().name.startswith("gpumove-stage"):
             time.sleep(copy_s)  # the next forward and backward are over by now, and its optimizer step wants to run
-        copy(self, sources, which)
+        copy(self, into, from_)
 
     def slow_put(self: FileBackend, key: str, data: Sequence[memoryview], seconds: float) -> None:
         time.sleep(put_s)

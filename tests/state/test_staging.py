@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import gpumove
 from gpumove.errors import ConfigError
 from gpumove.state.staging import Stager
 
@@ -48,10 +51,10 @@ def test_the_optimizer_step_waits_for_the_copy_and_not_the_call(
     p.grad = torch.ones(1000)
     gate, genuine = threading.Event(), stager._copy
 
-    def slow(work: object, which: list[int]) -> None:
+    def slow(into: list[torch.Tensor], from_: list[torch.Tensor]) -> None:
         if threading.current_thread() is not threading.main_thread():
             gate.wait(10)
-        genuine(work, which)  # type: ignore[arg-type]
+        genuine(into, from_)
 
     monkeypatch.setattr(stager, "_copy", slow)
     snapshot = stager.stage([p.detach()], [False])
@@ -78,10 +81,10 @@ def test_a_source_changed_by_hand_is_noticed(stager: Stager, monkeypatch: pytest
     source = torch.ones(100_000)
     gate, genuine = threading.Event(), stager._copy
 
-    def slow(work: object, which: list[int]) -> None:
+    def slow(into: list[torch.Tensor], from_: list[torch.Tensor]) -> None:
         if threading.current_thread() is not threading.main_thread():
             gate.wait(10)
-        genuine(work, which)  # type: ignore[arg-type]
+        genuine(into, from_)
 
     monkeypatch.setattr(stager, "_copy", slow)
     snapshot = stager.stage([torch.zeros(100), source], [False, False])
@@ -132,3 +135,40 @@ def test_a_closed_stager_leaves_no_hook_behind() -> None:
     assert len(_global_optimizer_pre_hooks) == before + 1
     stager.close()
     assert len(_global_optimizer_pre_hooks) == before
+
+
+def test_a_copy_that_nobody_wants_ends_early_and_the_next_is_whole() -> None:
+    stager = Stager(overlap=True, skip="host")
+    sources, at_once = [torch.randn(1 << 22) for _ in range(40)], [False] * 40  # 640 MB
+    steady = frozenset(range(40))
+    given_up = stager.stage(sources, at_once, steady=steady)
+    stager.give_up()
+    with pytest.raises(ConfigError, match="given up"):
+        given_up.wait()
+    snapshot = stager.stage(sources, at_once, steady=steady)
+    snapshot.wait()
+    assert not snapshot.unchanged_since(given_up.serial)
+    assert all(bytes(snapshot.view(i)) == t.numpy().tobytes() for i, t in enumerate(sources))
+    stager.close()
+
+
+def test_large_tensors_are_copied_in_pieces_and_whole() -> None:
+    stager = Stager(overlap=True)
+    sources = [torch.randn(7, 3 << 20), torch.randn(9 << 20), torch.randn(1, 9 << 20), torch.randn(3, 5).t()]
+    snapshot = stager.stage(sources, [False] * 4)
+    snapshot.wait()
+    assert all(bytes(snapshot.view(i)) == t.contiguous().numpy().tobytes() for i, t in enumerate(sources))
+    stager.close()
+
+
+def test_closing_right_after_a_restore_does_not_wait_for_the_copy(tmp_path: Path) -> None:
+    """The restored state is copied for the first difference; who only reads must not wait for new memory."""
+    model = nn.Linear(4096, 8192, bias=False)  # 134 MB
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for life in range(3):
+        ckpt = gpumove.Checkpointer(str(tmp_path), model=model, optimizer=optimizer, every_s=None)
+        ckpt.restore()
+        if not life:
+            ckpt.save(1).wait(60)
+        ckpt.close()
+    assert gpumove.load(str(tmp_path), model=model) == 1
