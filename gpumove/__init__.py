@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gpumove.format.manifest import Manifest
     from gpumove.handle import SaveHandle
     from gpumove.inspection.run import checkpoints, verify
+    from gpumove.notices.notice import Notice
     from gpumove.reader import load
     from gpumove.state.loader import ElasticLoader
 
@@ -39,6 +40,7 @@ _HOMES = {
     "IntegrityError": "gpumove.errors",
     "LayoutError": "gpumove.errors",
     "Manifest": "gpumove.format.manifest",
+    "Notice": "gpumove.notices.notice",
     "SaveHandle": "gpumove.handle",
     "StoreError": "gpumove.errors",
     "checkpoints": "gpumove.inspection.run",
@@ -56,6 +58,7 @@ __all__ = [
     "IntegrityError",
     "LayoutError",
     "Manifest",
+    "Notice",
     "SaveHandle",
     "StoreError",
     "__version__",

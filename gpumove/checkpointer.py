@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -18,20 +19,25 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gpumove.config import Config
-from gpumove.errors import ConfigError, GpumoveError, StoreError, describe, rebuild
+from gpumove.errors import ConfigError, StoreError, describe, rebuild
 from gpumove.format.manifest import Checkpoint
+from gpumove.from_env import where
 from gpumove.handle import SaveHandle
-from gpumove.losses import Losses
-from gpumove.meeting import Chair, Claimed, Report, Verdict
-from gpumove.restore import Contents, fill, read_contents, try_newest
-from gpumove.runner import Runner, Staged
-from gpumove.state.capture import Capture, Job, Targets
-from gpumove.state.layout import Layout, Planner
+from gpumove.leave.patience import Patience
+from gpumove.leave.way_out import WayOut, request
+from gpumove.meeting import Chair, Told, Verdict
+from gpumove.notices.notice import Notice
+from gpumove.restore import Contents
+from gpumove.runner import Runner
+from gpumove.saver import Saver
+from gpumove.staged import Cut, Seat
+from gpumove.state.capture import Job
+from gpumove.state.layout import Planner
 from gpumove.state.peers import Peers
-from gpumove.state.snapshot import Snapshot
 from gpumove.state.staging import Stager
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
+from gpumove.takeover import Takeover
 
 _log = logging.getLogger("gpumove")
 
@@ -88,22 +94,36 @@ class Checkpointer:
             objects=objects,
             rng=rng,
         )
-        self._store = Store.open(url, self.config, options=storage_options)
+        self._patience = Patience()
+        self._store = Store.open(url, self.config, options=storage_options, clock=self._patience.clock)
         self._log = Log(self._store)
         self._planner = Planner(self._peers, split_bytes=self.config.chunk_bytes)
         self._stager = Stager(overlap=self.config.overlap, skip=self.config.skip_unchanged)
-        self._runner = Runner(
-            self._log, self.config, self._stager, rank=self._peers.rank, world_size=self._peers.world_size
-        )
+        self._runner = Runner(self._log, self.config, self._stager, rank=self._peers.rank)
+        self._saver = Saver(self._job, self._planner, self._stager, self._runner)
+        self._seat = Seat(self._peers.rank, self._peers.world_size, self.config.peer_s)
+        self._takeover = Takeover(self._peers, self._job, self._log, self.config)
+        self._way_out = WayOut(self.config, self._peers, self._saver, self._log)
+        self._departure = self._way_out.departure
         self._chair = Chair(self.config, time.monotonic())
         self._claimed, self._closed = False, False
         self._next_meeting, self._step = 0, -(1 << 62)
-        self._losses = Losses()
-        self._last: SaveHandle | None = None
-        self._snapshot: Snapshot | None = None
-        self._restored: Contents | None = None
+        self._failure: BaseException | None = None
         self._resumed = False
         self._runner.settle_at_exit()
+
+    @classmethod
+    def from_env(cls, **arguments: Any) -> Checkpointer:
+        """The Checkpointer of a job that ``gpumove run`` has started: it knows the URL and the store's options.
+
+        Args:
+            **arguments: the others of :class:`Checkpointer`.
+
+        Raises:
+            ConfigError: nobody said where the run lies.
+        """
+        url, options = where(*Config.run_place())
+        return cls(url, **{"storage_options": options, **arguments})
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -111,6 +131,7 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._failure = None if isinstance(error, SystemExit) else error
         try:
             self.close()
         except Exception as failure:
@@ -131,7 +152,33 @@ class Checkpointer:
     @property
     def last(self) -> SaveHandle | None:
         """The newest save, running or finished."""
-        return self._last
+        return self._saver.last
+
+    # ---------------------------------------------------------------- leaving
+
+    @property
+    def leaving(self) -> bool:
+        """Whether there is a notice: something long, such as an evaluation, may end early."""
+        return self._departure.notice is not None
+
+    @property
+    def notice(self) -> Notice | None:
+        """The notice with the nearest deadline; ``notice.outcome`` says what became of it, once that is known."""
+        return self._departure.notice
+
+    def request_leave(self, deadline: float | None = None, in_s: float | None = None, detail: str = "") -> None:
+        """Let the whole job leave; from any thread of any rank. ``step`` returns True on all of them, soon.
+
+        Args:
+            deadline: when the machine goes, in seconds since the epoch.
+            in_s: or in how many seconds from now. With neither, ``grace_s`` is left.
+            detail: for the log.
+        """
+        self._departure.request(request(deadline, in_s, detail, now=time.time()))
+
+    def busy(self) -> AbstractContextManager[None]:
+        """``with ckpt.busy():`` what runs inside takes long, such as an evaluation, and is no hang."""
+        return self._way_out.busy()
 
     # ---------------------------------------------------------------- restore
 
@@ -152,129 +199,73 @@ class Checkpointer:
             IntegrityError: every checkpoint is damaged.
             StoreError: the store failed, or cannot hold a run.
         """
-        self._runner.drop(self._last)
-        self._runner.settle(self._last, abandon=True)
+        self._runner.drop(self._saver.last)
+        self._runner.settle(self._saver.last, abandon=True)
         self._runner.idle()  # the log has one user at a time
         candidates = self._claim(step)
-        damaged: list[int] = []
-
-        def attempt(checkpoint: Checkpoint) -> None:
-            # In two goes: no rank touches its live objects before all have found that the checkpoint fits theirs.
-            look, step = partial(self._compare, checkpoint, strict=strict, damaged=damaged), checkpoint.step
-            found = self._peers.agree(f"the comparison with step {step}", look)
-            self._peers.agree(f"the end of reading step {step}", lambda: self._load(*found))
-
-        def say(checkpoint: Checkpoint, error: GpumoveError) -> None:
-            damaged.append(checkpoint.number)
-            _log.warning("step %d is damaged and is skipped: %s", checkpoint.step, error)
-
         if not candidates:
             return 0
-        found = try_newest(candidates, attempt, say=say)
-        self._follow_on()
+        found, contents = self._takeover.load(candidates, strict=strict)
+        self._follow_on(contents)
         self._chair.cadence.last_step = self._runner.committed_step = self._step = found.step
+        self._departure.step = found.step
         self._next_meeting = 0
-        self._losses.clear()
+        self._saver.losses.clear()
         _log.info("resumed from step %d of %s", found.step, self._store.url)
         return found.step
 
     def _claim(self, step: int | None, *, only_if_new: bool = False) -> list[Checkpoint]:
         """Become the owner, on all ranks; the checkpoints to try, newest first."""
-        self._peers.meet("the claim of the run")
-        answer = self._claim_here(step, only_if_new) if self._peers.rank == 0 else Claimed()
-        answer = msgspec.msgpack.decode(self._peers.broadcast(msgspec.msgpack.encode(answer)), type=Claimed)
-        if answer.error is not None:
-            raise rebuild(answer.error)
-        self._log.adopt(answer.run, answer.epoch)
+        claimed = self._takeover.claim(step, only_if_new=only_if_new)
         # What this process wrote in an older epoch may be of an attempt that is dead now: gc may take it at any time.
         self._runner.take_predecessor({})
+        self._way_out.open()
+        self._chair.cadence.interval.learn(claimed.past, time.monotonic())
         self._claimed = True
-        return answer.candidates
+        return claimed.candidates
 
-    def _claim_here(self, step: int | None, only_if_new: bool) -> Claimed:
-        """On rank 0. An error is part of the answer, so that no rank waits for one that will not come."""
-        try:
-            run = self._log.open(create=True)
-            view = self._log.read()
-            for broken in view.broken:
-                _log.warning("log entry %d cannot be read and is skipped: %s", broken.number, broken.error)
-            if only_if_new and view.checkpoints:
-                raise ConfigError(
-                    f"{self._store.url} already has checkpoints up to step {view.checkpoints[-1].step}: call restore() "
-                    "before the first step to go on from there, or use a new URL to begin anew"
-                )
-            found = view.candidates()
-            if step is not None:
-                sound = [c for c in view.checkpoints if c.number not in view.damaged]
-                found = [c for c in reversed(sound) if c.step == step][:1]
-                if not found:
-                    raise ConfigError(f"{self._store.url} has no sound checkpoint of step {step}")
-            claim = self._log.claim(resumed=found[0].number if found else None)
-            return Claimed(run, claim.epoch, found)
-        except GpumoveError as error:
-            return Claimed(error=describe(error))
-
-    def _compare(self, checkpoint: Checkpoint, *, strict: bool, damaged: Sequence[int]) -> tuple[Contents, Targets]:
-        if damaged and self._peers.rank == 0:
-            # Before it is read: from here on no gc takes it away. For the first one the claim has said so.
-            words = f"going on from step {checkpoint.step}; {len(damaged)} newer ones are damaged"
-            self._log.note(words, resumed=checkpoint.number, damaged=damaged)
-        rank, stream = self._peers.rank, self._job.stream()
-        contents = read_contents(self._store, checkpoint, rank=rank, config=self.config, stream=stream)
-        return contents, self._job.match(contents.saved, world_size=self._peers.world_size, strict=strict)
-
-    def _load(self, contents: Contents, targets: Targets) -> None:
-        fill(self._store, contents, targets, config=self.config)
-        self._job.load(contents.saved, targets)
-        self._restored = contents
-
-    def _follow_on(self) -> None:
+    def _follow_on(self, contents: Contents) -> None:
         """What was restored is what the next save is coded against: stage it now, while it is what is there."""
-        if self._restored is None:
-            return
-        table, self._restored = self._restored.predecessor(), None
+        table = contents.predecessor()
         self._runner.take_predecessor(table)
-        if not self.config.delta or self.config.codec == "raw":
-            return
-        try:
-            capture = self._peers.agree("the cut after the restore", self._job.capture)
-            self._planner.agree(capture)
-            layout, self._snapshot = self._peers.agree("the copy after the restore", partial(self._stage, capture))
-        except GpumoveError as error:
-            # On all ranks alike. If it lasts the first save says so; a job that only reads may go on.
-            _log.debug("the first save will not be a difference: %s", error)
-            return
-        self._runner.follow_on(table, self._snapshot, layout, capture)
-        self._resumed = True
-
-    def _stage(self, capture: Capture) -> tuple[Layout, Snapshot]:
-        layout = self._planner.lay_out(capture, self._runner.mutable)
-        return layout, self._stager.stage(layout.sources, layout.at_once, steady=layout.steady)
+        if self.config.delta and self.config.codec != "raw":
+            saver = self._saver
+            found = self._takeover.staged(self._planner, lambda cut: (now := saver.lay_out(cut), saver.stage(now)))
+            if found is not None:
+                capture, (layout, snapshot) = found
+                self._runner.follow_on(table, snapshot, layout, capture)
+                self._resumed = True
 
     # ---------------------------------------------------------------- save
 
     def step(self, step: int, *, loss: torch.Tensor | float | None = None) -> bool:
         """Tell that a step is complete, after ``optimizer.step`` and everything else that belongs to it.
 
-        Between meetings this is one comparison. At a meeting, a due save is staged and handed to the background.
+        Between meetings this is two comparisons. At a meeting, a due save is staged and handed to the background.
 
         Args:
             step: the number of steps done; it grows.
             loss: recorded in the next manifest; a device tensor is not waited for.
 
         Returns:
-            True if the job should leave now.
+            True, on all ranks after the same step, if the job has to leave: end the loop. What could be saved is saved.
 
         Raises:
             GpumoveError: an earlier save failed (once), or the run belongs to somebody else.
         """
-        if self._snapshot is not None:
-            self._snapshot.sight()
+        if self._saver.snapshot is not None:
+            self._saver.snapshot.sight()
         self._count(step)
         if loss is not None and self._peers.rank == 0:
-            self._losses.record(step, loss)
+            self._saver.losses.record(step, loss)
+        self._departure.step = step  # before the limit is looked at
+        if step >= self._departure.limit and self._way_out.due(step):
+            return True
         if step >= self._next_meeting:
-            self._meet(step, force=False, pinned=False)
+            told = self._meet(step, force=False, pinned=False)
+            if told is not None:
+                self._way_out.leave_from_meeting(told, step, self.save)
+                return True
         return False
 
     def save(self, step: int, *, pinned: bool = False) -> SaveHandle:
@@ -290,12 +281,14 @@ class Checkpointer:
             The handle to wait on.
         """
         self._count(step)
-        if self._last is not None and not self._last.finished:
-            self._last.join(self.config.peer_s)
+        if self._saver.last is not None and self._way_out.saved(step):
+            return self._saver.last
+        if self._saver.last is not None and not self._saver.last.finished:
+            self._saver.last.join(min(self.config.peer_s, self._departure.left_s()))
         self._meet(step, force=True, pinned=pinned)
-        if self._last is None or self._last.step != step:
+        if self._saver.last is None or self._saver.last.step != step:
             raise StoreError(f"the save of step {step} did not begin")
-        return self._last
+        return self._saver.last
 
     def _count(self, step: int) -> None:
         if type(step) is not int or abs(step) >= 1 << 53:
@@ -304,57 +297,39 @@ class Checkpointer:
             raise ConfigError(f"steps only grow: {step} came after {self._step}. Count them over all epochs")
         self._step = step
 
-    def _meet(self, step: int, *, force: bool, pinned: bool) -> None:
+    def _meet(self, step: int, *, force: bool, pinned: bool) -> Told | None:
         """All ranks are here: learn what rank 0 decides, and do it."""
         marks = [time.perf_counter()]
         self._check_open()
-        capture, report = self._look(step)
+        capture, report = self._saver.look(step)
+        report.notice = self._departure.told()
         marks.append(time.perf_counter())
         self._peers.meet(f"the meeting at step {step}")
-        decide = partial(self._chair.decide, step, last=self._last, force=force, now=time.monotonic())
+        decide = partial(self._chair.decide, step, last=self._saver.last, force=force, now=time.monotonic())
         answer = self._peers.ask(msgspec.msgpack.encode(report), lambda told: msgspec.msgpack.encode(decide(told)))
         verdict = msgspec.msgpack.decode(answer, type=Verdict)
         marks.append(time.perf_counter())
         self._next_meeting = verdict.next_meeting
+        self._way_out.met(step)
         if isinstance(capture, Exception):
             raise capture
-        if verdict.told and self._last is not None:
-            self._last.mark_seen()
+        if verdict.told and self._saver.last is not None:
+            self._saver.last.mark_seen()
         if verdict.error is not None:
             self._raise(verdict.error)
         if verdict.replan:
             self._planner.agree(capture)
-        layout = self._planner.lay_out(capture, self._runner.mutable)
+        layout = self._saver.lay_out(capture)
         marks.append(time.perf_counter())
         if not verdict.save:
             if verdict.replan or self._resumed:
                 self._runner.prepare(layout.sources)
             self._resumed = False
-            return
-        self._runner.settle(self._last, abandon=True)
-        handle = self._last = self._runner.begin(step, verdict.serial)
-        for name, began, ended in zip(("capture", "meet", "plan"), marks, marks[1:]):
-            handle.trace.add(name, began, ended)
-        try:
-            snapshot = self._snapshot = self._stager.stage(
-                layout.sources, layout.at_once, handle.trace, steady=layout.steady
-            )
-            handle.watch(snapshot.sight)
-            agreed, trace = self._planner.agreement(), self._losses.since(self._runner.committed_step)
-            self._runner.start(Staged(handle, snapshot, layout, capture, agreed, trace, marks[0], pinned))
-        except BaseException as error:
-            self._runner.fail(handle, error)
-            handle.mark_seen()
-            raise
-        handle.mark_called(marks[0])
-
-    def _look(self, step: int) -> tuple[Capture | Exception, Report]:
-        """The cut. A failure is told at the meeting: the other ranks must not wait for this one."""
-        try:
-            capture = self._job.capture()
-            return capture, Report(step, replan=self._planner.changed(capture))
-        except Exception as error:  # noqa: BLE001 - state_dict() of a user's object raises what it likes
-            return error, Report(step, error=describe(error))
+            return verdict.notice
+        self._runner.settle(self._saver.last, abandon=True)
+        cut = Cut(capture, layout, self._planner.agreement())
+        self._saver.begin(step, verdict.serial, cut, self._seat, marks=marks, pinned=pinned)
+        return verdict.notice
 
     def _check_open(self) -> None:
         if self._closed:
@@ -366,7 +341,7 @@ class Checkpointer:
 
     def _raise(self, error: tuple[str, str, str]) -> None:
         """The same error on all ranks; on rank 0 it is the original."""
-        original = None if self._last is None else self._last.error
+        original = None if self._saver.last is None else self._saver.last.error
         raise original if original is not None and describe(original) == error else rebuild(error)
 
     # ---------------------------------------------------------------- end
@@ -380,15 +355,21 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
+        self._way_out.close()
+        gave_up = self._way_out.gave_up
         try:
-            self._runner.drop(self._last)
-            self._runner.settle(self._last, abandon=False)
+            left_s = self._departure.left_s(margin=0.5) if self.leaving else None
+            self._runner.drop(self._saver.last)
+            gave_up |= not self._runner.settle(self._saver.last, abandon=gave_up, timeout_s=left_s)
+            self._way_out.settle(self._step, self._failure)
         finally:
-            self._runner.close()
+            if gave_up:
+                self._patience.end()
+            self._runner.close(wait=not gave_up)
             self._stager.close()
             self._peers.close()
             self._store.close()
-        failure = self._last.unseen_error() if self._last is not None else None
-        if failure is not None and self._last is not None:
-            self._last.mark_seen()
+        failure = self._saver.last.unseen_error() if self._saver.last is not None else None
+        if failure is not None and self._saver.last is not None:
+            self._saver.last.mark_seen()
             raise failure

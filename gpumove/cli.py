@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from gpumove import cli_run
 from gpumove import cli_tables as tables
 from gpumove.cli_tables import Screen
 from gpumove.config import Config
@@ -226,6 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_reading(verb)
     _add_changing(verb)
+    cli_run.add(verb, _storage_options)
     return parser
 
 
@@ -270,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    args = build_parser().parse_args(arguments)
+    given, torchrun = cli_run.split(sys.argv[1:] if arguments is None else arguments)
+    args = build_parser().parse_args(given, Arguments(torchrun=torchrun))
     screen = Screen(json=args.json)
     try:
         code: int = args.run(args, screen)

@@ -11,6 +11,8 @@ from typing import Any
 from gpumove.errors import ConfigError
 
 _PREFIX = "GPUMOVE_"
+_PLACE = ("GPUMOVE_URL", "GPUMOVE_RUN_DIR")
+"""What ``gpumove run`` tells its workers: no settings."""
 _MIB = 1 << 20
 
 
@@ -26,8 +28,8 @@ class Config:
 
     every_steps: int | None = None
     """Steps between saves."""
-    every_s: float | None = 600.0
-    """Seconds between saves."""
+    every_s: float | str | None = 600.0
+    """Seconds between saves. ``"auto"``: from what a save costs and how often the run was interrupted."""
     keep_last: int | None = 10
     """Newest checkpoints that retention keeps; ``None`` keeps all."""
     keep_every: int | None = None
@@ -68,6 +70,10 @@ class Config:
     """Bound on one store operation with all its retries."""
     peer_s: float = 600.0
     """Bound on waiting for another rank, in a rendezvous and for its part of a save."""
+    notices: str = "signals"
+    """What tells that the job has to leave: ``signals``, ``aws``, ``gcp``, ``azure``, ``file:PATH`` (docs/notices)."""
+    grace_s: float = 30.0
+    """Seconds that a notice without a deadline of its own leaves."""
     on_save_error: str = "raise"
     """``"raise"``: a failed save is raised once in the training thread. ``"warn"``: it is logged and counted."""
 
@@ -93,13 +99,19 @@ class Config:
             raise ConfigError(f"unknown settings {unknown}; known ones are {sorted(known)}")
         values: dict[str, Any] = {}
         for variable, text in (os.environ if env is None else env).items():
-            if not variable.startswith(_PREFIX):
+            if not variable.startswith(_PREFIX) or variable in _PLACE:
                 continue
             name = variable.removeprefix(_PREFIX).lower()
             if name not in known:
                 raise ConfigError(f"the variable {variable} is no setting; known ones are {sorted(known)}")
             values[name] = _parse(variable, text, str(known[name].type))
         return cls(**{**values, **arguments})
+
+    @staticmethod
+    def run_place() -> tuple[str | None, str | None]:
+        """The URL and the folder that ``gpumove run`` has told this worker, if it was started by it."""
+        url, folder = (os.environ.get(name) or None for name in _PLACE)
+        return url, folder
 
     @staticmethod
     def ranks_here() -> int:
@@ -125,7 +137,7 @@ def _parse(variable: str, text: str, kind: str) -> Any:
             scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper(), 1)
             return int(text[:-1] if scale > 1 else text) * scale
         if kind.startswith("float"):
-            return float(text)
+            return text if "str" in kind and text == "auto" else float(text)
     except (ValueError, KeyError):
         raise ConfigError(f"the variable {variable}={text!r} is not a value of type {kind}") from None
     return text
@@ -137,11 +149,11 @@ def _check_cadence(c: Config) -> list[str]:
         for name in ("every_steps", "keep_last", "keep_every")
         if (value := getattr(c, name)) is not None and (type(value) is not int or value <= 0)
     ]
-    if c.every_s is not None and not 0 < c.every_s < float("inf"):
-        problems.append(f"every_s must be None or a finite number above 0, not {c.every_s!r}")
+    if c.every_s not in (None, "auto") and (isinstance(c.every_s, str) or not 0 < c.every_s < float("inf")):
+        problems.append(f"every_s must be None, 'auto' or a finite number above 0, not {c.every_s!r}")
     problems += [
         f"{name} must be a finite number above 0, not {getattr(c, name)!r}"
-        for name in ("deadline_s", "retry_s", "peer_s")
+        for name in ("deadline_s", "retry_s", "peer_s", "grace_s")
         if not 0 < getattr(c, name) < float("inf")
     ]
     return problems

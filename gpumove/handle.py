@@ -50,7 +50,7 @@ class SaveHandle:
     """
 
     def __init__(self, step: int, attempt: str, *, traced: bool = False) -> None:
-        self.step, self.attempt = step, attempt
+        self.step, self.attempt, self.began = step, attempt, time.perf_counter()
         self.stats, self.trace = SaveStats(), Trace(on=traced)
         self.error: BaseException | None = None
         self.cancelled = threading.Event()
@@ -125,17 +125,22 @@ class SaveHandle:
             self._seen = True
             raise self.error
 
-    def join(self, timeout_s: float | None) -> None:
-        """Wait until this rank has nothing left to do for it; raises nothing."""
-        self._wait_in_sight(self._finished, timeout_s)
+    def join(self, timeout_s: float | None) -> bool:
+        """Wait until this rank has nothing left to do for it, and tell whether that is so; raises nothing."""
+        return self._wait_in_sight(self._finished, timeout_s)
+
+    def join_copy(self, timeout_s: float) -> bool:
+        """Wait in the training thread until that may be elsewhere, or blocked, without holding the save up."""
+        return self._wait_in_sight(self._staged, timeout_s)
 
     def _wait_in_sight(self, event: threading.Event, timeout_s: float | None) -> bool:
         """Wait; the save may in turn be waiting to see the training thread once the copy is complete."""
         self._sight()
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         if event is not self._staged and not self._staged.wait(timeout_s):
             return False
         self._sight()
-        done = event.wait(timeout_s)
+        done = event.wait(None if until is None else max(0.0, until - time.monotonic()))
         self._sight()
         return done
 

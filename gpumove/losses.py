@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -40,3 +41,12 @@ class Losses:
     def clear(self) -> None:
         """Forget all."""
         self._recorded.clear()
+
+
+def number(loss: Any) -> float | None:
+    """A recorded loss as a number, if it is one. Here, in the background, a device value may be waited for."""
+    try:
+        value = float(loss)
+    except (TypeError, ValueError, RuntimeError):
+        return None  # a trace is for people: it never costs a save
+    return value if math.isfinite(value) else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from gpumove.cadence import Cadence
+from gpumove.cadence import Cadence, Past
 from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError, GpumoveError, describe
 from gpumove.format.manifest import Checkpoint
@@ -20,12 +20,23 @@ Described = tuple[str, str, str]
 """An error as ``errors.describe`` gives it."""
 
 
+class Told(msgspec.Struct, frozen=True, array_like=True):
+    """A notice as ranks tell it one another; ``until`` is its deadline, or what was made of having none."""
+
+    until: float
+    source: str
+    deadline: float | None
+    detail: str
+
+
 class Report(msgspec.Struct):
     """What rank 0 must know of a rank before it decides on a save."""
 
     step: int = 0
     replan: bool = False
     error: Described | None = None
+    notice: Told | None = None
+    """A reason to leave, where there is no quicker way to tell it."""
 
 
 class Verdict(msgspec.Struct):
@@ -38,6 +49,8 @@ class Verdict(msgspec.Struct):
     told: bool = False
     """The failure of the last save is dealt with: nobody raises it again."""
     error: Described | None = None
+    notice: Told | None = None
+    """The job leaves after this step."""
 
 
 class Claimed(msgspec.Struct):
@@ -46,6 +59,7 @@ class Claimed(msgspec.Struct):
     run: str = ""
     epoch: int = 0
     candidates: list[Checkpoint] = []
+    past: Past = Past()
     error: Described | None = None
 
 
@@ -117,8 +131,10 @@ class Chair:
     def _answer(
         self, step: int, reports: Sequence[Report], last: SaveHandle | None, *, wanted: bool, told: bool, now: float
     ) -> Verdict:
-        verdict = Verdict(replan=any(r.replan for r in reports), told=told)
-        self._count(step, last)
+        notices = [r.notice for r in reports if r.notice is not None]
+        nearest = min(notices, key=lambda n: n.until, default=None)
+        verdict = Verdict(replan=any(r.replan for r in reports), told=told, notice=nearest)
+        self._count(step, last, now)
         single = self._step_log.wants() and (last is None or last.finished)
         if self.cadence.due(step, now) or wanted or single:
             self.cadence.took(step, now)
@@ -132,12 +148,16 @@ class Chair:
             verdict.next_meeting = step + 1
         return verdict
 
-    def _count(self, step: int, last: SaveHandle | None) -> None:
+    def _count(self, step: int, last: SaveHandle | None, now: float) -> None:
         """Learn from a save that was committed since the last meeting."""
         if last is None or last is self._counted or not last.committed or not last.stats.state_bytes:
             return
         self._counted = last
-        ratio = last.stats.new_bytes / last.stats.state_bytes
+        stats = last.stats
+        if self._config.every_s == "auto":
+            took_s = stats.committed_s or 0.0
+            self.cadence.interval.measured(stall_s=stats.stall_s, took_s=took_s, grace_s=self._config.grace_s, now=now)
+        ratio = stats.new_bytes / stats.state_bytes
         self._step_log.came_out(last.step, ratio, in_time=step <= last.step + 1)
 
     def _skip(self, step: int, last: SaveHandle) -> None:

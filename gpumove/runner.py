@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gpumove.commit import Order, commit, wait_for_commit, wait_for_parts
 from gpumove.config import Config
 from gpumove.environment import fingerprint
-from gpumove.errors import ConfigError, FencedError
+from gpumove.errors import ConfigError
 from gpumove.format import keys
 from gpumove.format.manifest import Checkpoint
 from gpumove.format.stored import Stored
 from gpumove.handle import SaveHandle
+from gpumove.losses import number
+from gpumove.retention import Keeper
 from gpumove.save.chunks import ChunkKey
 from gpumove.save.predecessor import Predecessor, keeps_in_memory
 from gpumove.save.request import Request
 from gpumove.save.writer import PartWriter, say_failure
+from gpumove.staged import Seat, Staged
 from gpumove.state.arena import staged_bytes
 from gpumove.state.capture import Capture
 from gpumove.state.families import settled
-from gpumove.state.layout import Agreement, Layout
+from gpumove.state.layout import Layout
 from gpumove.state.snapshot import Snapshot
 from gpumove.state.staging import Stager
-from gpumove.store.gc import Retention, collect
+from gpumove.store.gc import Retention
 from gpumove.store.log import Log
-from gpumove.store.records import reachable
 
 _log = logging.getLogger("gpumove")
 _SIGHT_S = 2.0
@@ -43,35 +43,22 @@ _SIGHT_S = 2.0
 then; a thread that is still away may be in a barrier, where it waits for a rank that waits for this very commit."""
 
 
-@dataclass(frozen=True)
-class Staged:
-    """What the training thread hands over."""
-
-    handle: SaveHandle
-    snapshot: Snapshot
-    layout: Layout
-    capture: Capture
-    agreed: Agreement
-    trace: Sequence[tuple[int, Any]]
-    began: float
-    pinned: bool
-
-
 class Runner:
     """Runs saves in the background of one rank."""
 
-    def __init__(self, log: Log, config: Config, stager: Stager, *, rank: int, world_size: int) -> None:
-        self._log_book, self._config, self._rank, self._world_size = log, config, rank, world_size
+    def __init__(self, log: Log, config: Config, stager: Stager, *, rank: int) -> None:
+        self._log_book, self._config, self._rank = log, config, rank
         self._stager = stager
         self._kept_bytes, self._keeps = 0, False
         self._writer = PartWriter(log.store, config)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpumove-save")
         self._pending: list[Future[None]] = []
-        self._retention = Retention(config.keep_last, config.keep_every)
-        self._reach: dict[str, frozenset[str]] = {}
+        self._keeper = Keeper(log, Retention(config.keep_last, config.keep_every)) if rank == 0 else None
         self.mutable: set[str] = set()
         """Tensors that were seen to change outside optimizers: from now on they are copied at once."""
         self.committed_step = -1
+        self.took: deque[float] = deque(maxlen=8)
+        """Seconds of the last saves, from the call to the end of what this rank does for them."""
         self._written: int | None = None
         """Serial number of the snapshot that this process wrote last: what the writer's table is of."""
 
@@ -122,22 +109,29 @@ class Runner:
         if handle is None or handle.finished:
             self._stager.give_up()
 
-    def settle(self, handle: SaveHandle | None, *, abandon: bool) -> None:
-        """Wait until nothing uses the staging memory, telling a running save to give up if so asked."""
+    def settle(self, handle: SaveHandle | None, *, abandon: bool, timeout_s: float | None = None) -> bool:
+        """Wait until nothing uses the staging memory, telling a running save to give up if so asked.
+
+        Returns:
+            False if it still did when the time was over.
+        """
         pending, self._pending = self._pending, []
         # One that has not begun would only cost time; one that failed is no loss, since staging does the same.
         for future in pending:
             if not future.cancel() and (error := future.exception()) is not None:
                 _log.warning("the next save is slower or larger than need be: %s", error)
-        if handle is None or handle.finished:
-            return
         if abandon:
+            self.abandon(handle)
+        return handle is None or handle.join(timeout_s)
+
+    def abandon(self, handle: SaveHandle | None) -> None:
+        """Tell a running save to give up."""
+        if handle is not None and not handle.finished:
             handle.cancelled.set()
             handle.mark_seen()  # that it was abandoned is no news to whoever did it
-        handle.join(None)
 
     def idle(self) -> None:
-        """Wait until the background does nothing at all, retention included."""
+        """Wait until nothing at all is done in the background."""
         self._thread.submit(lambda: None).result()
 
     def start(self, staged: Staged) -> None:
@@ -153,12 +147,12 @@ class Runner:
             _log.debug("the save of step %d failed: %s", handle.step, error)
             self._stager.settle(None)
             handle.finish(error)
-            say_failure(self._log_book.store, handle.attempt, self._rank, error)
+            say_failure(self._log_book.store, handle.attempt, staged.seat.rank, error)
             return
         finally:
             self._write_trace(handle)
-        if self._rank == 0:
-            self._retain()
+        if self._keeper is not None and not staged.seat.last:
+            self._keeper.retain()
 
     def _write_trace(self, handle: SaveHandle) -> None:
         if self._config.trace_dir is None:
@@ -166,26 +160,40 @@ class Runner:
         name = f"step-{handle.step:010d}-{handle.attempt}-rank-{self._rank:06d}.json"
         try:
             handle.trace.write(Path(self._config.trace_dir) / name, rank=self._rank)
-        except OSError as error:  # a trace is for people: it never costs a save
+        except OSError as error:  # it is for people: it never costs a save
             _log.warning("the trace of step %d could not be written: %s", handle.step, error)
 
-    def fail(self, handle: SaveHandle, error: BaseException) -> None:
+    def fail(self, handle: SaveHandle, seat: Seat, error: BaseException) -> None:
         """A save that did not get as far as the background: end it, and leave word for the committer."""
         handle.finish(error)
-        self._thread.submit(say_failure, self._log_book.store, handle.attempt, self._rank, error)
+        self._thread.submit(say_failure, self._log_book.store, handle.attempt, seat.rank, error)
+
+    def hurry(self) -> None:
+        """From now on all is written, and coded only where that is quicker, whatever the settings ask for."""
+        self._writer.close()
+        self._stager.keep(None)
+        self._written = None
+        self._writer = PartWriter(self._log_book.store, self._config.replace(codec="auto"))
+
+    def note(self, text: str, timeout_s: float) -> None:
+        """Say something in the log, behind what is being done, if that is possible in time."""
+        try:
+            self._thread.submit(self._log_book.note, text).result(timeout_s)
+        except Exception as error:  # noqa: BLE001 - it is for people: what counts is in the log already, or is not
+            _log.info("not noted in the log: %s (%s)", text, error or type(error).__name__)
 
     def _request(self, staged: Staged) -> Request:
-        shared = staged.capture.shared if self._rank == 0 else {}
+        shared = staged.cut.capture.shared if staged.seat.rank == 0 else {}
         return Request(
             run=self._log_book.run,
             attempt=staged.handle.attempt,
-            rank=self._rank,
-            world_size=self._world_size,
+            rank=staged.seat.rank,
+            world_size=staged.seat.world_size,
             step=staged.handle.step,
-            plan=staged.agreed.digest,
-            items=staged.layout.items,
-            values={**shared, **staged.capture.own},
-            rules=settled(staged.capture.rules, staged.layout.scalars, staged.snapshot.view),
+            plan=staged.cut.agreed.digest,
+            items=staged.cut.layout.items,
+            values={**shared, **staged.cut.capture.own},
+            rules=settled(staged.cut.capture.rules, staged.cut.layout.scalars, staged.snapshot.view),
             keep=self.keeps(staged.snapshot.nbytes),
             unchanged=staged.snapshot.unchanged_since(self._written),
             trace=staged.handle.trace,
@@ -210,15 +218,16 @@ class Runner:
         stats.packs, stats.peak_bytes = part.packs, part.peak_bytes
         stats.stall_s += staged.snapshot.fence_s
         handle.mark_uploaded(time.perf_counter() - staged.began, self._follow(handle))
-        if self._rank == 0:
+        if staged.seat.rank == 0:
             handle.mark_committed(self._commit(staged), time.perf_counter() - staged.began)
+        self.took.append(time.perf_counter() - staged.began)
 
     def _whole(self, staged: Staged, check: Callable[[], None]) -> None:
         """Check the snapshot; if it is torn, remember by what and say so."""
         try:
             check()
         except ConfigError as error:
-            names = sorted({staged.layout.names[i] for i in staged.snapshot.changed})
+            names = sorted({staged.cut.layout.names[i] for i in staged.snapshot.changed})
             self.mutable.update(names)
             raise ConfigError(
                 f"{', '.join(names[:5])}{' and more' if len(names) > 5 else ''} changed outside of an optimizer step "
@@ -231,15 +240,15 @@ class Runner:
         order = Order(
             attempt=staged.handle.attempt,
             step=staged.handle.step,
-            plans=staged.agreed.all_digests,
-            state_bytes=staged.agreed.state_bytes,
+            plans=staged.cut.agreed.all_digests,
+            state_bytes=staged.cut.agreed.state_bytes,
             fingerprint=fingerprint(),
-            trace=[(step, _number(loss)) for step, loss in staged.trace],
+            trace=[(step, number(loss)) for step, loss in staged.trace],
             pinned=staged.pinned,
         )
         trace, cancelled = staged.handle.trace, staged.handle.cancelled
         with trace.span("wait for parts"):
-            parts = wait_for_parts(self._log_book, order, timeout_s=self._config.peer_s, cancelled=cancelled)
+            parts = wait_for_parts(self._log_book, order, timeout_s=staged.seat.patience_s, cancelled=cancelled)
         with trace.span("commit"):
             entry = commit(self._log_book, order, parts)
         self.committed_step = entry.step
@@ -252,28 +261,6 @@ class Runner:
             return wait_for_commit(self._log_book, handle.attempt, timeout_s=min(timeout_s, self._config.peer_s))
 
         return follow
-
-    def _retain(self) -> None:
-        """Retention, once enough checkpoints have gathered. Its failure is no failure of the save."""
-        have = self._log_book.view.checkpoints
-        surplus = len(have) - len(self._retention.kept(self._log_book.view))
-        if surplus <= max(0, (self._config.keep_last or 0) // 4):
-            return
-        try:
-            done = collect(self._log_book, self._retention, reach=self._reachable)
-        except FencedError:
-            return  # the next commit says so
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must not be lost in the background
-            _log.warning("retention failed and is tried again after the next save: %s", error)
-            return
-        live = {c.attempt for c in done.kept}
-        self._reach = {attempt: found for attempt, found in self._reach.items() if attempt in live}
-
-    def _reachable(self, checkpoint: Checkpoint) -> Iterable[str]:
-        """Every key that a checkpoint needs; records never change, so once read is enough."""
-        if checkpoint.attempt not in self._reach:
-            self._reach[checkpoint.attempt] = frozenset(reachable(self._log_book.store, checkpoint))
-        return self._reach[checkpoint.attempt]
 
     def settle_at_exit(self) -> None:
         """Let a running save finish if the script ends without ``close``.
@@ -291,16 +278,8 @@ class Runner:
         if register is not None:
             register(settle)
 
-    def close(self) -> None:
-        """End the threads; a running save must have been settled."""
-        self._thread.shutdown()
-        self._writer.close()
-
-
-def _number(loss: Any) -> float | None:
-    """A recorded loss as a number, if it is one. Here, in the background, a device value may be waited for."""
-    try:
-        value = float(loss)
-    except (TypeError, ValueError, RuntimeError):
-        return None  # a trace is for people: it never costs a save
-    return value if math.isfinite(value) else None
+    def close(self, *, wait: bool = True) -> None:
+        """End the threads. A running save must have been settled, or it is left behind and ends by itself."""
+        self._thread.shutdown(wait=wait)
+        if wait:
+            self._writer.close()

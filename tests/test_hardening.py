@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import gpumove
+from gpumove import retention, takeover
 from gpumove.cadence import Cadence
 from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError
@@ -136,7 +137,7 @@ def test_a_collection_while_an_older_step_is_read_does_not_take_it_away(
         ckpt.restore()
         for step in (1, 2, 3):
             ckpt.save(step).wait(30)
-    genuine = gpumove.checkpointer.fill  # type: ignore[attr-defined]
+    genuine = takeover.fill
 
     def meanwhile(*args: Any, **kwargs: Any) -> Any:
         log = Log(Store.open(url, Config()))
@@ -147,7 +148,7 @@ def test_a_collection_while_an_older_step_is_read_does_not_take_it_away(
     job = new_job()
     with gpumove.Checkpointer(url, **job.parts()) as ckpt:
         with monkeypatch.context() as patched:
-            patched.setattr("gpumove.checkpointer.fill", meanwhile)
+            patched.setattr(takeover, "fill", meanwhile)
             assert ckpt.restore(step=1) == 1
         ckpt.save(2).wait(30)
     assert gpumove.verify(url, deep=True).sound
@@ -257,13 +258,13 @@ def test_a_script_that_ends_without_close_still_commits(url: str) -> None:
 
 
 def test_retention_does_not_hold_up_training(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine = gpumove.runner.collect  # type: ignore[attr-defined]
+    genuine = retention.collect
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         time.sleep(1.5)
         return genuine(*args, **kwargs)
 
-    monkeypatch.setattr("gpumove.runner.collect", slow)
+    monkeypatch.setattr(retention, "collect", slow)
     net = nn.Linear(10, 10)
     with gpumove.Checkpointer(url, model=net, keep_last=1) as ckpt:
         ckpt.restore()

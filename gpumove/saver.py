@@ -1,0 +1,75 @@
+"""What the training thread does for a save: the cut, the layout, the copy, and the hand-over to the background."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpumove.errors import describe
+from gpumove.handle import SaveHandle
+from gpumove.losses import Losses
+from gpumove.meeting import Report
+from gpumove.runner import Runner
+from gpumove.staged import Cut, Seat, Staged
+from gpumove.state.capture import Capture, Job
+from gpumove.state.layout import Layout, Planner
+from gpumove.state.snapshot import Snapshot
+from gpumove.state.staging import Stager
+from gpumove.tracing import Trace
+
+
+class Saver:
+    """One rank's. Whether to save, and what the others do, is decided elsewhere."""
+
+    def __init__(self, job: Job, planner: Planner, stager: Stager, runner: Runner) -> None:
+        self._job, self.planner, self._stager, self.runner = job, planner, stager, runner
+        self.losses = Losses()
+        self.last: SaveHandle | None = None
+        """The newest save, running or finished."""
+        self.snapshot: Snapshot | None = None
+        """The newest copy."""
+
+    def look(self, step: int) -> tuple[Capture | Exception, Report]:
+        """The cut. A failure is told at the meeting: the other ranks must not wait for this one."""
+        try:
+            capture = self._job.capture()
+            return capture, Report(step, replan=self.planner.changed(capture))
+        except Exception as error:  # noqa: BLE001 - state_dict() of a user's object raises what it likes
+            return error, Report(step, error=describe(error))
+
+    def lay_out(self, capture: Capture) -> Layout:
+        """By the plan that was agreed on last."""
+        return self.planner.lay_out(capture, self.runner.mutable)
+
+    def stage(self, layout: Layout, trace: Trace | None = None) -> Snapshot:
+        """Begin to copy; nothing else may be in flight."""
+        self.snapshot = self._stager.stage(layout.sources, layout.at_once, trace, steady=layout.steady)
+        return self.snapshot
+
+    def begin(
+        self, step: int, serial: int, cut: Cut, seat: Seat, *, marks: Sequence[float] = (), pinned: bool = False
+    ) -> SaveHandle:
+        """Stage, and hand over to the background; nothing is in flight.
+
+        Args:
+            step: the number of steps done.
+            serial: of this save, in this epoch.
+            cut: what is there.
+            seat: this rank's.
+            marks: when the call began, and what came before this did.
+            pinned: retention keeps it.
+        """
+        handle = self.last = self.runner.begin(step, serial)
+        began = marks[0] if marks else handle.began
+        for name, start, end in zip(("capture", "meet", "plan"), marks, marks[1:]):
+            handle.trace.add(name, start, end)
+        try:
+            snapshot = self.stage(cut.layout, handle.trace)
+            handle.watch(snapshot.sight)
+            trace = self.losses.since(self.runner.committed_step)
+            self.runner.start(Staged(handle, snapshot, cut, trace, began, pinned, seat))
+        except BaseException as error:
+            self.runner.fail(handle, seat, error)
+            handle.mark_seen()
+            raise
+        handle.mark_called(began)
+        return handle

@@ -1,0 +1,45 @@
+"""What the training thread hands to the background for one save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from gpumove.handle import SaveHandle
+from gpumove.state.capture import Capture
+from gpumove.state.layout import Agreement, Layout
+from gpumove.state.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class Seat:
+    """This rank's place among those that save together: all ranks of the job, or those that are left of them."""
+
+    rank: int
+    world_size: int
+    patience_s: float
+    """Bound on waiting for the parts of the others."""
+    last: bool = False
+    """The job leaves: nothing is done after the commit."""
+
+
+class Cut(NamedTuple):
+    """What is to be saved, and where each rank's part of it is."""
+
+    capture: Capture
+    layout: Layout
+    agreed: Agreement
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What the training thread hands over."""
+
+    handle: SaveHandle
+    snapshot: Snapshot
+    cut: Cut
+    trace: Sequence[tuple[int, Any]]
+    began: float
+    pinned: bool
+    seat: Seat

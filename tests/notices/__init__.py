@@ -1,0 +1,1 @@
+"""Notices: every source against a real server, a real signal or a real file."""
