@@ -173,8 +173,9 @@ def train(args: argparse.Namespace) -> None:
             record.write(step=step, loss=float(loss).hex(), samples=samples)  # hex: every bit of the number
             record.save(ckpt.last)
             if ckpt.step(step, loss=loss):  # 4. The step is complete. Saves beside the training, when it is due.
-                break
-        ckpt.save(step, pinned=True).wait()  # 5. The end result: wait for it, and keep it for good.
+                break  # it has to leave, and what could be saved is saved
+        else:
+            ckpt.save(step, pinned=True).wait()  # 5. The end result: wait for it, and keep it for good.
         record.save(ckpt.last)
     if dist.is_initialized():
         dist.destroy_process_group()

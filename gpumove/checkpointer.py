@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -23,6 +23,7 @@ from gpumove.errors import ConfigError, StoreError, describe, rebuild
 from gpumove.format.manifest import Checkpoint
 from gpumove.from_env import where
 from gpumove.handle import SaveHandle
+from gpumove.health import Finding, Health
 from gpumove.leave.patience import Patience
 from gpumove.leave.way_out import WayOut, request
 from gpumove.meeting import Chair, Told, Verdict
@@ -38,6 +39,7 @@ from gpumove.state.staging import Stager
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from gpumove.takeover import Takeover
+from gpumove.watchdog import Watchdog
 
 _log = logging.getLogger("gpumove")
 
@@ -100,12 +102,16 @@ class Checkpointer:
         self._planner = Planner(self._peers, split_bytes=self.config.chunk_bytes)
         self._stager = Stager(overlap=self.config.overlap, skip=self.config.skip_unchanged)
         self._runner = Runner(self._log, self.config, self._stager, rank=self._peers.rank)
-        self._saver = Saver(self._job, self._planner, self._stager, self._runner)
+        self._health = Health(rank=self._peers.rank, leave_on=self.config.leave_on, leave=self._leave)
+        self._saver = Saver(self._job, self._planner, self._stager, self._runner, self._health)
+        self._watchdog = Watchdog(
+            self._health, hang_s=self.config.hang_s, folder=self.config.trace_dir, saving=self._saver.running
+        )
         self._seat = Seat(self._peers.rank, self._peers.world_size, self.config.peer_s)
         self._takeover = Takeover(self._peers, self._job, self._log, self.config)
         self._way_out = WayOut(self.config, self._peers, self._saver, self._log)
         self._departure = self._way_out.departure
-        self._chair = Chair(self.config, time.monotonic())
+        self._chair = Chair(self.config, time.monotonic(), self._health.hear)
         self._claimed, self._closed = False, False
         self._next_meeting, self._step = 0, -(1 << 62)
         self._failure: BaseException | None = None
@@ -176,9 +182,14 @@ class Checkpointer:
         """
         self._departure.request(request(deadline, in_s, detail, now=time.time()))
 
-    def busy(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def busy(self) -> Iterator[None]:
         """``with ckpt.busy():`` what runs inside takes long, such as an evaluation, and is no hang."""
-        return self._way_out.busy()
+        with self._health.busy(), self._way_out.busy():
+            yield
+
+    def _leave(self, finding: Finding) -> None:
+        self._departure.request(Notice("health", None, finding.text))
 
     # ---------------------------------------------------------------- restore
 
@@ -220,6 +231,7 @@ class Checkpointer:
         # What this process wrote in an older epoch may be of an attempt that is dead now: gc may take it at any time.
         self._runner.take_predecessor({})
         self._way_out.open()
+        self._watchdog.start()
         self._chair.cadence.interval.learn(claimed.past, time.monotonic())
         self._claimed = True
         return claimed.candidates
@@ -256,6 +268,7 @@ class Checkpointer:
         if self._saver.snapshot is not None:
             self._saver.snapshot.sight()
         self._count(step)
+        self._health.step(step, loss)
         if loss is not None and self._peers.rank == 0:
             self._saver.losses.record(step, loss)
         self._departure.step = step  # before the limit is looked at
@@ -311,6 +324,7 @@ class Checkpointer:
         marks.append(time.perf_counter())
         self._next_meeting = verdict.next_meeting
         self._way_out.met(step)
+        self._health.met(step)
         if isinstance(capture, Exception):
             raise capture
         if verdict.told and self._saver.last is not None:
@@ -355,6 +369,7 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
+        self._watchdog.close()
         self._way_out.close()
         gave_up = self._way_out.gave_up
         try:

@@ -171,6 +171,9 @@ def show_detail(screen: Screen, data: Detail) -> None:
     }
     for name, fact in facts.items():
         screen.line((f"{name:<11}", "bold"), fact)
+    for found in data.health:
+        where = f"step {found.get('step')}, rank {found.get('rank')}"
+        screen.line((f"{found.get('kind', ''):<11}", "bold yellow"), f"{where}: {found.get('text')}")
     for name, value in data.fingerprint.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
         screen.line((f"{name:<11}", "dim"), text)

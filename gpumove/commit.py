@@ -37,6 +37,7 @@ class Order:
     state_bytes: int
     fingerprint: Mapping[str, Any]
     trace: Sequence[tuple[int, float | None]]
+    health: Sequence[Mapping[str, Any]] = ()
     pinned: bool = False
 
 
@@ -123,6 +124,7 @@ def commit(log: Log, order: Order, parts: Sequence[PartRef]) -> Checkpoint:
             format=FORMAT, run=log.run, step=order.step, epoch=epoch, attempt=order.attempt,
             world_size=len(order.plans), time=time.time(), state_bytes=order.state_bytes, new_bytes=new_bytes,
             plan=plan, parts=tuple(parts), fingerprint=dict(order.fingerprint), trace=tuple(order.trace),
+            health=tuple(dict(finding) for finding in order.health),
         )
     )  # fmt: skip
     name = digest(manifest)

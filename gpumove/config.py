@@ -13,6 +13,8 @@ from gpumove.errors import ConfigError
 _PREFIX = "GPUMOVE_"
 _PLACE = ("GPUMOVE_URL", "GPUMOVE_RUN_DIR")
 """What ``gpumove run`` tells its workers: no settings."""
+_FINDINGS = ("slow", "straggler", "nan", "hang")
+"""docs/health.md says what they mean."""
 _MIB = 1 << 20
 
 
@@ -74,6 +76,10 @@ class Config:
     """What tells that the job has to leave: ``signals``, ``aws``, ``gcp``, ``azure``, ``file:PATH`` (docs/notices)."""
     grace_s: float = 30.0
     """Seconds that a notice without a deadline of its own leaves."""
+    hang_s: float = 600.0
+    """Seconds without a step after which a rank tells where it stands, with all its Python stacks."""
+    leave_on: str = ""
+    """Findings that make the job leave: any of ``slow``, ``straggler``, ``nan``, ``hang``, with commas."""
     on_save_error: str = "raise"
     """``"raise"``: a failed save is raised once in the training thread. ``"warn"``: it is logged and counted."""
 
@@ -153,7 +159,7 @@ def _check_cadence(c: Config) -> list[str]:
         problems.append(f"every_s must be None, 'auto' or a finite number above 0, not {c.every_s!r}")
     problems += [
         f"{name} must be a finite number above 0, not {getattr(c, name)!r}"
-        for name in ("deadline_s", "retry_s", "peer_s", "grace_s")
+        for name in ("deadline_s", "retry_s", "peer_s", "grace_s", "hang_s")
         if not 0 < getattr(c, name) < float("inf")
     ]
     return problems
@@ -198,4 +204,6 @@ def _check_words(c: Config) -> list[str]:
         for name in ("delta", "overlap")
         if type(getattr(c, name)) is not bool
     ]
+    if unknown := [word for word in map(str.strip, c.leave_on.split(",")) if word and word not in _FINDINGS]:
+        problems.append(f"leave_on takes {', '.join(_FINDINGS)}, with commas, not {', '.join(unknown)}")
     return problems

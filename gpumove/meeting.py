@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -12,6 +12,7 @@ from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError, GpumoveError, describe
 from gpumove.format.manifest import Checkpoint
 from gpumove.handle import SaveHandle
+from gpumove.health import Vitals
 from gpumove.steplog import StepLog
 
 _log = logging.getLogger("gpumove")
@@ -37,6 +38,7 @@ class Report(msgspec.Struct):
     error: Described | None = None
     notice: Told | None = None
     """A reason to leave, where there is no quicker way to tell it."""
+    vitals: Vitals = Vitals()
 
 
 class Verdict(msgspec.Struct):
@@ -79,8 +81,15 @@ def first_error(reports: Sequence[Report]) -> Described | None:
 class Chair:
     """Rank 0's side of the meetings: whether to save, whether to plan anew, and when to meet again."""
 
-    def __init__(self, config: Config, now: float) -> None:
-        self._config = config
+    def __init__(self, config: Config, now: float, hear: Callable[[Sequence[Vitals], int], None]) -> None:
+        """Nothing was decided yet.
+
+        Args:
+            config: the run's.
+            now: seconds of a monotonic clock.
+            hear: is told how all ranks are doing.
+        """
+        self._config, self._hear = config, hear
         self.cadence = Cadence(config, now)
         self._step_log = StepLog(config)
         self._counted: SaveHandle | None = None
@@ -133,6 +142,7 @@ class Chair:
     ) -> Verdict:
         notices = [r.notice for r in reports if r.notice is not None]
         nearest = min(notices, key=lambda n: n.until, default=None)
+        self._hear([r.vitals for r in reports], step)
         verdict = Verdict(replan=any(r.replan for r in reports), told=told, notice=nearest)
         self._count(step, last, now)
         single = self._step_log.wants() and (last is None or last.finished)

@@ -244,6 +244,7 @@ class Runner:
             state_bytes=staged.cut.agreed.state_bytes,
             fingerprint=fingerprint(),
             trace=[(step, number(loss)) for step, loss in staged.trace],
+            health=staged.health,
             pinned=staged.pinned,
         )
         trace, cancelled = staged.handle.trace, staged.handle.cancelled

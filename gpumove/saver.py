@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from gpumove.errors import describe
 from gpumove.handle import SaveHandle
+from gpumove.health import Health
 from gpumove.losses import Losses
 from gpumove.meeting import Report
 from gpumove.runner import Runner
@@ -20,19 +21,24 @@ from gpumove.tracing import Trace
 class Saver:
     """One rank's. Whether to save, and what the others do, is decided elsewhere."""
 
-    def __init__(self, job: Job, planner: Planner, stager: Stager, runner: Runner) -> None:
+    def __init__(self, job: Job, planner: Planner, stager: Stager, runner: Runner, health: Health) -> None:
         self._job, self.planner, self._stager, self.runner = job, planner, stager, runner
+        self._health = health
         self.losses = Losses()
         self.last: SaveHandle | None = None
         """The newest save, running or finished."""
         self.snapshot: Snapshot | None = None
         """The newest copy."""
 
+    def running(self) -> bool:
+        """Whether a save runs in the background."""
+        return self.last is not None and not self.last.finished
+
     def look(self, step: int) -> tuple[Capture | Exception, Report]:
         """The cut. A failure is told at the meeting: the other ranks must not wait for this one."""
         try:
             capture = self._job.capture()
-            return capture, Report(step, replan=self.planner.changed(capture))
+            return capture, Report(step, replan=self.planner.changed(capture), vitals=self._health.report(step))
         except Exception as error:  # noqa: BLE001 - state_dict() of a user's object raises what it likes
             return error, Report(step, error=describe(error))
 
@@ -66,7 +72,8 @@ class Saver:
             snapshot = self.stage(cut.layout, handle.trace)
             handle.watch(snapshot.sight)
             trace = self.losses.since(self.runner.committed_step)
-            self.runner.start(Staged(handle, snapshot, cut, trace, began, pinned, seat))
+            staged = Staged(handle, snapshot, cut, trace, began, pinned, seat, health=self._health.notes())
+            self.runner.start(staged)
         except BaseException as error:
             self.runner.fail(handle, seat, error)
             handle.mark_seen()

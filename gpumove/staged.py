@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,3 +43,4 @@ class Staged:
     began: float
     pinned: bool
     seat: Seat
+    health: Sequence[Mapping[str, Any]]

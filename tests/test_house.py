@@ -46,8 +46,8 @@ LAYERS = [
         "inspection.export_plan", "inspection.export", "inspection.doctor",
     ],
     [
-        "cadence", "steplog", "handle", "losses", "meeting", "staged", "retention", "runner", "saver", "takeover",
-        "from_env", "health", "watchdog",
+        "cadence", "steplog", "handle", "losses", "health", "watchdog", "meeting", "staged", "retention", "runner",
+        "saver", "takeover", "from_env",
         "leave.patience", "leave.board", "leave.deadline", "leave.messages", "leave.pulse", "leave.departure",
         "leave.council", "leave.leaving", "leave.way_out",
         "checkpointer", "reader",
@@ -121,7 +121,7 @@ def test_the_environment_is_read_and_people_are_spoken_to_in_one_place(path: Pat
 
 # A reason may exceed a size; it is written here, next to the figure.
 LONG_FILES = {
-    "checkpointer": 390,  # one public object; its docstrings are a third of it
+    "checkpointer": 395,  # one public object; its docstrings are a third of it
     "store.objects": 370,  # seven verbs with their docstrings
     "state.loader": 370,  # the loader and its order of samples
     "state.capture": 320,

@@ -121,6 +121,7 @@ class Manifest(Record, frozen=True, kw_only=True, omit_defaults=True):
     parts: tuple[PartRef, ...]
     fingerprint: dict[str, Any] = {}
     trace: tuple[tuple[int, float | None], ...] = ()
+    health: tuple[dict[str, Any], ...] = ()
 
 
 class Entry(Record, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="entry"):

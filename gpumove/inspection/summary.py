@@ -175,6 +175,8 @@ class Detail:
     groups: tuple[Group, ...]
     parts: tuple[PartRow, ...]
     trace: Trace | None
+    health: tuple[dict[str, Any], ...]
+    """What was found to be wrong with the training, oldest first (docs/health.md)."""
     tensors: tuple[TensorRow, ...] | None
 
 
@@ -216,6 +218,7 @@ def detail(log: Log, checkpoint: Checkpoint, *, config: Config, tensors: bool = 
         groups=groups,
         parts=tuple(_part_row(ref, part) for ref, part in zip(manifest.parts, parts)),
         trace=_trace(manifest),
+        health=manifest.health,
         tensors=_tensor_rows(parts) if tensors else None,
     )
 
