@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from gpumove.errors import FencedError
+from gpumove.errors import FencedError, GpumoveError
 from gpumove.format.manifest import Checkpoint
 from gpumove.store.gc import Retention, collect
 from gpumove.store.log import Log
@@ -32,7 +32,9 @@ class Keeper:
         except FencedError:
             return  # the next commit says so
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not be lost in the background
-            _log.warning("retention failed and is tried again after the next save: %s", error)
+            gave_way = isinstance(error, GpumoveError) and error.code == "store.abandoned"
+            level = logging.DEBUG if gave_way else logging.WARNING
+            _log.log(level, "retention broke off and is completed after the next save: %s", error)
             return
         live = {c.attempt for c in done.kept}
         self._reach = {attempt: found for attempt, found in self._reach.items() if attempt in live}

@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotDone  # python 3.10 has one of its own
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ from gpumove.state.snapshot import Snapshot
 from gpumove.state.staging import Stager
 from gpumove.store.gc import Retention
 from gpumove.store.log import Log
+from gpumove.store.retry import unless
 
 _log = logging.getLogger("gpumove")
 _SIGHT_S = 2.0
@@ -54,6 +56,8 @@ class Runner:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpumove-save")
         self._pending: list[Future[None]] = []
         self._keeper = Keeper(log, Retention(config.keep_last, config.keep_every)) if rank == 0 else None
+        self.leaving: Callable[[], bool] = lambda: False
+        """Whether the job has to leave: what can wait until after that gives way."""
         self.mutable: set[str] = set()
         """Tensors that were seen to change outside optimizers: from now on they are copied at once."""
         self.committed_step = -1
@@ -115,19 +119,26 @@ class Runner:
         Returns:
             False if it still did when the time was over.
         """
-        pending, self._pending = self._pending, []
-        # One that has not begun would only cost time; one that failed is no loss, since staging does the same.
-        for future in pending:
-            if not future.cancel() and (error := future.exception()) is not None:
-                _log.warning("the next save is slower or larger than need be: %s", error)
+        until = None if timeout_s is None else time.monotonic() + timeout_s
         if abandon:
             self.abandon(handle)
-        return handle is None or handle.join(timeout_s)
+        while self._pending:
+            # One that has not begun would only cost time; one that failed is no loss, since staging does the same.
+            future = self._pending[-1]
+            try:
+                error = None if future.cancel() else future.exception(_left(until))
+            except NotDone:
+                return False
+            if error is not None:
+                _log.warning("the next save is slower or larger than need be: %s", error)
+            self._pending.pop()
+        return handle is None or handle.join(_left(until))
 
     def abandon(self, handle: SaveHandle | None) -> None:
         """Tell a running save to give up."""
         if handle is not None and not handle.finished:
             handle.cancelled.set()
+            self._stager.give_up()
             handle.mark_seen()  # that it was abandoned is no news to whoever did it
 
     def idle(self) -> None:
@@ -141,7 +152,8 @@ class Runner:
     def _run(self, staged: Staged) -> None:
         handle = staged.handle
         try:
-            self._save(staged)
+            with unless(handle.cancelled.is_set):
+                self._save(staged)
             handle.finish()
         except BaseException as error:  # noqa: BLE001 - kept in the handle, raised once in the training thread
             _log.debug("the save of step %d failed: %s", handle.step, error)
@@ -151,8 +163,9 @@ class Runner:
             return
         finally:
             self._write_trace(handle)
-        if self._keeper is not None and not staged.seat.last:
-            self._keeper.retain()
+        if self._keeper is not None and not self.leaving():
+            with unless(self.leaving):
+                self._keeper.retain()
 
     def _write_trace(self, handle: SaveHandle) -> None:
         if self._config.trace_dir is None:
@@ -284,3 +297,7 @@ class Runner:
         self._thread.shutdown(wait=wait)
         if wait:
             self._writer.close()
+
+
+def _left(until: float | None) -> float | None:
+    return None if until is None else max(0.0, until - time.monotonic())

@@ -22,7 +22,7 @@ from gpumove.leave.board import Board
 from gpumove.leave.deadline import margin_of
 from gpumove.leave.pulse import BEAT_S, Beat, Pulses
 from gpumove.meeting import Told
-from gpumove.notices.notice import Notice
+from gpumove.notices.notice import Notice, Outcome
 from gpumove.state.peers import Peers
 
 _log = logging.getLogger("gpumove")
@@ -31,6 +31,7 @@ _POLL_S = 0.2
 _LEAST_S = 2.0
 """An agreement gets this long whatever the deadline: ranks that leave after different steps hang one another."""
 _SILENT_S = 3.0
+_PIECE_S = 0.5
 _TELL_S = 2.0
 """A board that has not taken a notice by then does not answer."""
 
@@ -52,9 +53,9 @@ class Departure:
         self._wake = threading.Event()
         self._agent: _Agent | None = None
         self._at_exit: Callable[[], object] | None = None
+        self._known: Told | None = None
         self._untold: Told | None = None
         self._untold_since = 0.0
-        self._deadline = float("inf")
         self._ends, self._margin_s = float("inf"), 0.0
         self._target: int | None = None
         self._waiting = self._over = False
@@ -68,9 +69,28 @@ class Departure:
         until = notice.deadline if notice.deadline is not None else time.time() + self._grace_s
         post = Told(until, notice.source, notice.deadline, notice.detail)
         if self._take(post, notice):
-            with self._changed:
-                self._untold, self._untold_since = post, time.monotonic()
-            self._wake.set()
+            self._post(post)
+
+    def _post(self, post: Told) -> None:
+        with self._changed:
+            self._untold, self._untold_since = post, time.monotonic()
+        self._wake.set()
+
+    def wait(self, join: Callable[[float], bool], *, margin: float = 1.0, most_s: float = float("inf")) -> bool:
+        """Wait by ``join(seconds)``, in pieces, since a notice may come meanwhile, or a nearer deadline.
+
+        Args:
+            join: waits for something, at most so long, and tells whether it has come.
+            margin: the part of the margin that is left afterwards.
+            most_s: bound on the wait in any case.
+        """
+        until = time.monotonic() + most_s
+        while True:
+            left = min(self.left_s(margin=margin), until - time.monotonic())
+            if join(max(0.0, min(left, _PIECE_S))):
+                return True
+            if left <= _PIECE_S:
+                return False
 
     def left_s(self, *, margin: float = 1.0) -> float:
         """Seconds until the deadline less the margin, or part of it; not below 0, and infinity without a notice."""
@@ -84,9 +104,17 @@ class Departure:
     # ---------------------------------------------------------------- training thread
 
     def open(self, board: Board | None, peers: Peers) -> None:
-        """Begin: from here on notices of all ranks are seen. Without a board, only this rank's own."""
+        """Begin: from here on notices of all ranks are seen. Without a board, only this rank's own.
+
+        A second time, for a restore in mid-run, it is another board: what was agreed on over the one before is void.
+        """
         self.end()
         self.board, self.rank, self.ranks = board, peers.rank, range(peers.world_size)
+        with self._changed:
+            self._target, self.step = None, _NOW
+            self.limit = _NEVER if self._known is None else _NOW
+        if self._known is not None:
+            self._post(self._known)
         if board is not None:
             self._agent = _Agent(self, board)
             self._agent.start()
@@ -130,10 +158,13 @@ class Departure:
         """The ranks that this one has heard nothing of."""
         return [] if self._agent is None else self._agent.unheard()
 
-    def over(self) -> None:
-        """The job has left: a step that comes all the same goes the slow way."""
+    def over(self, what: Outcome | None = None) -> None:
+        """The job has left or ended, with this outcome: later notices are none, and a step that comes all the same
+        goes the slow way."""
         with self._changed:
             self._over, self.limit = True, _NOW
+            if self.notice is not None:
+                self.notice.outcome = what
 
     def end(self) -> None:
         """This rank's part is over. Safe to call twice."""
@@ -146,10 +177,10 @@ class Departure:
     def _take(self, post: Told, notice: Notice) -> bool:
         """Note a notice if it is nearer than what is known; whether it is."""
         with self._changed:
-            if self.notice is not None and (post.until >= self._deadline or self.notice.outcome is not None):
+            if self._over or (self._known is not None and post.until >= self._known.until):
                 return False
             left = max(0.0, post.until - time.time())
-            self._deadline, self._ends, self._margin_s = post.until, time.monotonic() + left, margin_of(left)
+            self._known, self._ends, self._margin_s = post, time.monotonic() + left, margin_of(left)
             self.notice = notice
             self._changed.notify_all()
         _log.warning("notice from %s%s: the job has to leave within %.0f s", notice.source,

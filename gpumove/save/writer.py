@@ -16,6 +16,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 
 import msgspec
 
@@ -180,7 +182,8 @@ class PartWriter:
             full, open_pack = open_pack, _OpenPack()
             if full.items:
                 budget.acquire(full.nbytes)
-                puts.append(self._uploads.submit(self._put_pack, request, full, written, budget, stats))
+                put = partial(self._put_pack, request, full, written, budget, stats)
+                puts.append(self._uploads.submit(copy_context().run, put))
                 _raise_first(puts)
 
         self._pace.begin()

@@ -6,9 +6,11 @@ It makes one call per method, without retries; it knows keys and bytes, and neve
 from __future__ import annotations
 
 import abc
+import asyncio
 import bisect
 import io
 import itertools
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +21,8 @@ from gpumove.store.backends import Backend
 
 T = TypeVar("T")
 SLICE = 256 << 10  # bytes copied at a time: the interpreter is held for some 30 us
+_UNWIND_S = 5.0
+"""For a call that was cancelled to let go."""
 
 
 class RefusedError(Exception):
@@ -101,11 +105,22 @@ class CloudBackend(Backend):
         return self._prefix + key
 
     def _call(self, call: Callable[[Any], Awaitable[T]], seconds: float) -> T:
-        """Run a coroutine on the file system's loop; it is cancelled, and the connection dropped, when time is up."""
-        from fsspec.asyn import sync
+        """Run a coroutine on the file system's loop; it is cancelled, and the connection dropped, when time is up or
+        nobody wants it any more."""
+        ended = threading.Event()
 
-        result: T = sync(self._fs.loop, call, self._fs, timeout=seconds)
-        return result
+        async def body() -> T:
+            try:
+                return await call(self._fs)
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(body(), self._fs.loop)
+        if not retry.wait_for(ended, seconds):
+            future.cancel()
+            ended.wait(_UNWIND_S)  # until then it may read from the caller's buffers
+            raise TimeoutError(f"no answer within {seconds:.1f} s")
+        return future.result(_UNWIND_S)
 
     def fault(self, error: Exception, verb: str) -> retry.Fault:
         """By the store's answer if there is one, else by the kind of exception."""

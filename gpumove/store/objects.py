@@ -6,11 +6,14 @@ It knows keys and bytes, never tensors, and nothing of what the objects mean.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -58,7 +61,7 @@ class Store:
         self._back_end = back_end
         self._scrub = scrub
         self._clock = clock or retry.Clock()
-        self._closed = False
+        self._closed, self._until = False, math.inf
         self._live = self._start(None)
 
     @classmethod
@@ -139,7 +142,7 @@ class Store:
             if error.code in (retry.NO_CREATE.code, retry.NO_BUCKET.code, "store.denied", "store.credentials"):
                 raise
             live = self._now()
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), retry.unless(self._is_over):
                 return live.backend.get(key, min(10.0, self._config.deadline_s)) == data
             raise
 
@@ -286,6 +289,13 @@ class Store:
                 code=retry.NO_CREATE.code,
             )
 
+    def hurry(self, seconds: float) -> None:
+        """From now on no call lasts longer than this, neither those that are running nor those to come."""
+        self._until = min(self._until, time.monotonic() + seconds)
+
+    def _is_over(self) -> bool:
+        return time.monotonic() >= self._until
+
     def close(self) -> None:
         """Let go of connections and threads. Calls in flight end by themselves."""
         self._closed = True
@@ -312,7 +322,7 @@ class Store:
             for item in items:
                 work(item)
             return
-        futures = [self._now().pool.submit(work, item) for item in items]
+        futures = [self._now().pool.submit(copy_context().run, work, item) for item in items]
         wait(futures)
         for future in futures:
             future.result()
@@ -323,14 +333,15 @@ class Store:
             _check_key(key)
         live, config, extra_s = self._now(), self._config, nbytes / _MIB
         try:
-            return retry.retrying(
-                lambda seconds: attempt(live.backend, seconds),
-                judged=lambda error: live.backend.fault(error, verb),
-                deadline_s=config.deadline_s + extra_s,
-                budget_s=config.retry_s + extra_s,
-                limiter=live.limiter,
-                clock=self._clock,
-            )
+            with retry.unless(self._is_over):
+                return retry.retrying(
+                    lambda seconds: attempt(live.backend, seconds),
+                    judged=lambda error: live.backend.fault(error, verb),
+                    deadline_s=config.deadline_s + extra_s,
+                    budget_s=config.retry_s + extra_s,
+                    limiter=live.limiter,
+                    clock=self._clock,
+                )
         except retry.GaveUpError as gave_up:
             failure = gave_up
         # Outside of the handler: the error must not drag along the back end's own, whose text may hold a secret.

@@ -9,9 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal, NamedTuple, TypeVar
 
-from gpumove.errors import GpumoveError
+from gpumove.errors import GpumoveError, StoreError
 
 T = TypeVar("T")
 Kind = Literal["missing", "exists", "permanent", "space", "throttled", "transient", "corrupt"]
@@ -25,11 +26,40 @@ class Fault(NamedTuple):
     advice: str = ""
 
 
+_unwanted: ContextVar[Callable[[], bool]] = ContextVar("gpumove_unwanted", default=lambda: False)
+_LOOK_S = 0.25
+"""Between two looks whether what is waited for is still wanted."""
+
+
+@contextmanager
+def unless(unwanted: Callable[[], bool]) -> Iterator[None]:
+    """Store calls of this thread end soon, with ``store.abandoned``, once nobody wants what they do."""
+    outer = _unwanted.get()
+    token = _unwanted.set(lambda: outer() or unwanted())
+    try:
+        yield
+    finally:
+        _unwanted.reset(token)
+
+
+def wait_for(done: threading.Event, seconds: float) -> bool:
+    """Wait for an event, at most so long, and no longer than that is wanted."""
+    until, unwanted = time.monotonic() + seconds, _unwanted.get()
+    while not done.wait(max(0.0, min(_LOOK_S, until - time.monotonic()))):
+        if time.monotonic() >= until or unwanted():
+            return done.is_set()
+    return True
+
+
+def _sleep(seconds: float) -> None:
+    wait_for(threading.Event(), seconds)
+
+
 class Clock(NamedTuple):
     """Time and chance, so that tests can supply their own."""
 
     now: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], None] = _sleep
     # Not the global generator: that one belongs to the training job, and is in its checkpoints.
     chance: Callable[[], float] = random.SystemRandom().random
 
@@ -182,9 +212,11 @@ def retrying(
 
     Raises:
         GaveUpError: the one way out besides an answer; errors of our own tree pass as they are.
+        StoreError: nobody wants the answer any more.
     """
     start, seen = clock.now(), Counter[str]()
     while True:
+        _check_wanted()
         left_s = budget_s - (clock.now() - start)
         try:
             with limiter.slot(left_s):
@@ -194,6 +226,7 @@ def retrying(
         except GpumoveError:
             raise
         except Exception as error:  # noqa: BLE001 - a back end may raise anything, and judged() has an answer for all
+            _check_wanted()
             fault = judged(error)
             seen[fault.kind] += 1
             if fault.kind == "throttled":
@@ -204,6 +237,11 @@ def retrying(
             if rule is None or seen[fault.kind] >= rule.tries or spent_s + pause_s >= budget_s:
                 raise GaveUpError(fault, seen.total(), spent_s, error) from None
         clock.sleep(pause_s)
+
+
+def _check_wanted() -> None:
+    if _unwanted.get()():
+        raise StoreError("given up: nobody waits for it any more", code="store.abandoned") from None
 
 
 class Ticket:
@@ -227,7 +265,8 @@ class Ticket:
 
 
 def in_thread(work: Callable[[Ticket], T], seconds: float) -> T:
-    """Run ``work`` in a daemon thread and leave it behind after ``seconds``: a hung mount cannot be interrupted."""
+    """Run ``work`` in a daemon thread and leave it behind after ``seconds``, or when nobody wants it any more: a hung
+    mount cannot be interrupted."""
     ticket, done = Ticket(), threading.Event()
     result: list[T] = []
     failure: list[BaseException] = []
@@ -242,7 +281,7 @@ def in_thread(work: Callable[[Ticket], T], seconds: float) -> T:
 
     threading.Thread(target=body, name="gpumove-store", daemon=True).start()
     try:
-        in_time = done.wait(seconds)
+        in_time = wait_for(done, seconds)
     finally:
         # Buffers belong to the caller again once it leaves; bytes read from them later must not be published.
         if not done.is_set():
