@@ -138,6 +138,8 @@ class Claim(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="claim"):
 
     host: str = ""
     resumed: int | None = None
+    follows: str = ""
+    """By a replicator: the log that this one is a copy of. No job may claim it until it is handed over."""
 
 
 class Checkpoint(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="checkpoint"):
@@ -173,15 +175,37 @@ class Pin(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="pin"):
     pinned: bool
 
 
+MOVE_STATES = ("begin", "request", "left", "sealed", "handover", "done", "cancelled")
+"""In their order. ``sealed`` and ``handover`` open an epoch."""
+
+
+class Move(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="move"):
+    """A move of the run to another store, or from there, has come this far."""
+
+    move: str
+    """Its id: 16 hex digits, the same in both logs."""
+    state: str
+    other: str
+    """The URL of the other end, without secrets."""
+    save: bool = True
+    """Of a request: whether the job saves before it leaves."""
+    facts: dict[str, Any] = {}
+    text: str = ""
+
+
 class Collect(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="gc"):
     """From here on, of all earlier checkpoints only ``kept`` exist."""
 
     kept: tuple[Checkpoint, ...]
     resumed: int | None = None
     abandoned: tuple[int, ...] = ()
+    follows: str = ""
+    sealed: str = ""
+    move: Move | None = None
+    """The newest one; this and the two before it would be lost with the entries that said so."""
 
 
-LogEntry = Claim | Checkpoint | Note | Pin | Collect
+LogEntry = Claim | Checkpoint | Note | Pin | Collect | Move
 
 R = TypeVar("R")
 

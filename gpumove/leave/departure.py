@@ -13,14 +13,15 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
 from gpumove.errors import GpumoveError
 from gpumove.leave.board import Board
 from gpumove.leave.deadline import margin_of
-from gpumove.leave.pulse import BEAT_S, Beat, Pulses
+from gpumove.leave.pulse import BEAT_S, Beat, Pulses, meeting_place
 from gpumove.meeting import Told
 from gpumove.notices.notice import Notice, Outcome
 from gpumove.state.peers import Peers
@@ -77,13 +78,8 @@ class Departure:
         self._wake.set()
 
     def wait(self, join: Callable[[float], bool], *, margin: float = 1.0, most_s: float = float("inf")) -> bool:
-        """Wait by ``join(seconds)``, in pieces, since a notice may come meanwhile, or a nearer deadline.
-
-        Args:
-            join: waits for something, at most so long, and tells whether it has come.
-            margin: the part of the margin that is left afterwards.
-            most_s: bound on the wait in any case.
-        """
+        """Wait by ``join(seconds)``, which tells whether it has come, until the margin or for ``most_s``: in pieces,
+        since a notice may come meanwhile, or a nearer deadline."""
         until = time.monotonic() + most_s
         while True:
             left = min(self.left_s(margin=margin), until - time.monotonic())
@@ -104,15 +100,12 @@ class Departure:
     # ---------------------------------------------------------------- training thread
 
     def open(self, board: Board | None, peers: Peers) -> None:
-        """Begin: from here on notices of all ranks are seen. Without a board, only this rank's own.
-
-        A second time, for a restore in mid-run, it is another board: what was agreed on over the one before is void.
-        """
+        """Begin: from here on notices of all ranks are seen. Without a board, only this rank's own. Again, for a
+        restore in mid-run, there is another board: what was agreed on over the one before is void."""
         self.end()
         self.board, self.rank, self.ranks = board, peers.rank, range(peers.world_size)
         with self._changed:
-            self._target, self.step = None, _NOW
-            self.limit = _NEVER if self._known is None else _NOW
+            self._target, self.step, self.limit = None, _NOW, _NEVER
         if self._known is not None:
             self._post(self._known)
         if board is not None:
@@ -155,14 +148,14 @@ class Departure:
         self._take(told, Notice(told.source, told.deadline, told.detail))
 
     def missing(self) -> list[int]:
-        """The ranks that this one has heard nothing of."""
-        return [] if self._agent is None else self._agent.unheard()
+        """The ranks that gave no sign, as far as this one has looked."""
+        found = {} if self._agent is None else self._agent.pulses.beats(self.ranks)
+        return [rank for rank in self.ranks if rank not in found] if found else []
 
-    def over(self, what: Outcome | None = None) -> None:
-        """The job has left or ended, with this outcome: later notices are none, and a step that comes all the same
-        goes the slow way."""
+    def over(self, what: Outcome | None, *, left: bool) -> None:
+        """The job ends, with this outcome; later notices are none. If it has left, further steps go the slow way."""
         with self._changed:
-            self._over, self.limit = True, _NOW
+            self._over, self.limit = True, _NOW if left else _NEVER
             if self.notice is not None:
                 self.notice.outcome = what
 
@@ -200,10 +193,11 @@ class _Agent:
     def __init__(self, departure: Departure, board: Board) -> None:
         self._departure, self._board = departure, board
         self._ended = threading.Event()
-        self._pulses = Pulses(board)
+        self.pulses = Pulses(board)
         self._heard, self._beats = b"", 0
         self._published = self._last = self._done = self._failed = False
         self._still: tuple[object, float] = (None, 0.0)
+        self._since: float | None = None
         self._thread = threading.Thread(target=self._run, name="gpumove-leave", daemon=True)
 
     def start(self) -> None:
@@ -215,10 +209,6 @@ class _Agent:
         self._ended.set()
         self._departure._wake.set()
         self._thread.join(1.0)
-
-    def unheard(self) -> list[int]:
-        """Ranks that did not publish their step."""
-        return [r for r in self._departure.ranks if r not in self._pulses.beats(self._departure.ranks)]
 
     def _run(self) -> None:
         departure = self._departure
@@ -234,10 +224,8 @@ class _Agent:
             departure._wake.wait(None if idle else _POLL_S)
             departure._wake.clear()
         if departure.notice is not None:
-            try:
+            with suppress(GpumoveError):  # silence says the same, later
                 self._beat(ended=True)
-            except GpumoveError:
-                pass  # silence says the same, later
 
     def _turn(self) -> None:
         departure = self._departure
@@ -254,7 +242,10 @@ class _Agent:
         if (found := self._board.get("target")) is not None:
             self._done = True
             departure._agreed(int(found))
-        else:
+            return
+        self._since = self._since or time.monotonic()
+        # All looking at all is too much for the board of a large job: the first ones will do, if they are there.
+        if time.monotonic() - self._since > departure.silent_s * (2 + departure.rank.bit_length()) / 6:
             self._look_for_silent()
 
     def _tell(self) -> None:
@@ -279,9 +270,8 @@ class _Agent:
     def _beat(self, *, ended: bool = False) -> None:
         departure = self._departure
         self._beats += 1
-        self._pulses.show(
-            departure.rank, Beat(self._beats, departure.step, departure._waiting, departure.busy > 0, ended)
-        )
+        beat = Beat(self._beats, departure.step, departure._waiting, departure.busy > 0, ended)
+        self.pulses.show(departure.rank, beat)
 
     def _publish(self) -> None:
         """The step told last, which was not stopped by the limit. Who publishes last sets the target."""
@@ -298,19 +288,13 @@ class _Agent:
     def _look_for_silent(self) -> None:
         """If ranks are gone, the first of the others sets the target without them."""
         departure = self._departure
-        self._pulses.look(departure.ranks)
-        silent = self._pulses.silent(departure.ranks, departure.silent_s)
-        there = {r: b for r, b in self._pulses.beats(departure.ranks).items() if r not in silent}
+        self.pulses.look(departure.ranks)
+        silent = self.pulses.silent(departure.ranks, departure.silent_s)
+        there = {r: b for r, b in self.pulses.beats(departure.ranks).items() if r not in silent}
         standing = tuple(sorted((rank, beat.step, beat.waiting) for rank, beat in there.items()))
         if standing != self._still[0]:
             self._still = standing, time.monotonic()
         # Only once nothing moves any more: a rank on its way to the next step would be overtaken.
         if silent and there and min(there) == departure.rank and time.monotonic() - self._still[1] > 4 * BEAT_S:
             _log.warning("rank %s does not answer: the others leave without", ", ".join(map(str, silent)))
-            self._board.swap("target", b"", str(_meeting_place(list(there.values()))).encode())
-
-
-def _meeting_place(beats: Sequence[Beat]) -> int:
-    """The first step that nobody of these has passed: where the farthest wait, or the one behind it."""
-    farthest = max(beat.step for beat in beats)
-    return farthest if all(beat.waiting for beat in beats if beat.step == farthest) else farthest + 1
+            self._board.swap("target", b"", str(meeting_place(there.values())).encode())

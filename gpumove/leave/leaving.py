@@ -33,7 +33,7 @@ from gpumove.store.retry import in_thread
 
 _log = logging.getLogger("gpumove")
 _POLL_S = (0.01, 0.1)
-_NOTE_S, _FAREWELL_S = 5.0, 2.0
+_NOTE_S, _FAREWELL_S, _LOOK_S = 5.0, 2.0, 1.0
 
 
 class Leaving:
@@ -42,6 +42,7 @@ class Leaving:
     def __init__(self, departure: Departure, saver: Saver, log: Log, config: Config) -> None:
         self._departure, self._saver, self._runner, self._book = departure, saver, saver.runner, log
         self._config = config
+        saver.runner.leaving = lambda: departure.notice is not None
         self._step, self._newest = 0, 0
         self._members: Sequence[int] = ()
 
@@ -49,6 +50,7 @@ class Leaving:
         """Leave after this step, where all ranks are, or as many as are left. What fails is told in the outcome."""
         board = self._departure.board
         self._step = step
+        self.hurry()
         self._newest, self._members = max(0, self._runner.committed_step), self._departure.ranks
         if board is None or self._departure.left_s() <= 0:
             return outcome(step, self.look_up(step, "no time was left"))
@@ -60,9 +62,13 @@ class Leaving:
         self._say(board, result)
         return outcome(step, result)
 
+    def hurry(self) -> None:
+        """No call to the store outlasts the deadline, whoever made it; of the log there is one look in any case."""
+        self._book.store.hurry(max(_LOOK_S, self._departure.left_s(margin=0.0)))
+
     def look_up(self, step: int, reason: str) -> Result:
         """What the log says, if it can be read in the time that is left."""
-        seconds = max(1.0, min(_NOTE_S, self._departure.left_s(margin=0.2)))
+        seconds = max(_LOOK_S, min(_NOTE_S, self._departure.left_s(margin=0.2)))
         try:
             view = in_thread(lambda ticket: Log(self._book.store).read(), seconds)
         except Exception as error:  # noqa: BLE001 - whatever it is: what is not known to be durable is not said to be
@@ -186,12 +192,14 @@ class Leaving:
         Raises:
             Late: it does not end in time, and until then its memory is in use.
         """
-        if not self._runner.settle(self._saver.last, abandon=True, timeout_s=self._departure.left_s(margin=0.5)):
+        last = self._saver.last
+        self._runner.drop(last)
+        if not self._departure.wait(lambda s: self._runner.settle(last, abandon=True, timeout_s=s), margin=0.5):
             raise Late("the save in flight could not be stopped in time")
 
     def _see_through(self, council: Council, handle: SaveHandle) -> Result:
         """Wait for a save of all members, and for what the first one says of it."""
-        handle.join_copy(self._departure.left_s())  # here, since only this thread can say that it changes nothing
+        self._departure.wait(handle.join_copy)  # here, since only this thread can say that it changes nothing
         work = self._finish if council.rank == 0 else self._follow
         result = council.in_time(lambda: work(council, handle))
         handle.mark_seen()  # the outcome says it

@@ -73,3 +73,10 @@ class Pulses:
             if (seen := self._seen.get(rank)) is not None
             and ((seen.beat is not None and seen.beat.ended) or now - seen.since > silent_s)
         ]
+
+
+def meeting_place(beats: Iterable[Beat]) -> int:
+    """The first step that nobody of these has passed: where the farthest wait, or the one behind it."""
+    there = list(beats)
+    farthest = max(beat.step for beat in there)
+    return farthest if all(beat.waiting for beat in there if beat.step == farthest) else farthest + 1

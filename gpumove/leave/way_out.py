@@ -116,7 +116,7 @@ class WayOut:
     # ---------------------------------------------------------------- the end
 
     def _end(self, step: int, what: Outcome) -> None:
-        self.departure.over()
+        self.departure.over(what, left=True)
         self._left = step, what
         if self._worker is not None and self.departure.notice is not None:
             self._worker.left(step, what, self.departure.notice.source)
@@ -127,7 +127,6 @@ class WayOut:
         notice = self.departure.notice
         if notice is None:
             return
-        notice.outcome = what
         seconds = max(_LEAST_S, min(_THANKS_S, self.departure.left_s(margin=0.1)))
         try:
             in_thread(lambda ticket: self._watcher.acknowledge(notice), seconds)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from gpumove.errors import ConfigError, FencedError, IntegrityError, ObjectNotFoundError, StoreError
 from gpumove.format import keys
@@ -19,6 +20,7 @@ from gpumove.format.manifest import (
     Claim,
     Collect,
     LogEntry,
+    Move,
     Note,
     Pin,
     Run,
@@ -43,8 +45,12 @@ class Log:
         self._claimed_at = 0
         self.view = View()
 
-    def open(self, *, create: bool) -> str:
+    def open(self, *, create: bool, run: str = "") -> str:
         """Read ``format.json``; make it if allowed and absent.
+
+        Args:
+            create: whether to make it.
+            run: the id to give to a run that is made here, by default a new one.
 
         Returns:
             The run's id, or "" if there is no run and none was to be made.
@@ -55,7 +61,7 @@ class Log:
         """
         if create and self.store.exists(keys.FORMAT_KEY) is None:
             self.store.probe_create()
-            fresh = Run(format=FORMAT, name="gpumove", run=uuid.uuid4().hex)
+            fresh = Run(format=FORMAT, name="gpumove", run=run or uuid.uuid4().hex)
             self.store.create(keys.FORMAT_KEY, encode_checked(fresh))  # another's is as good: it is read back below
         try:
             found = decode_checked(Run, self.store.get(keys.FORMAT_KEY), key=keys.FORMAT_KEY)
@@ -187,26 +193,84 @@ class Log:
                 code="fenced.unknown",
             )
         if self.epoch is not None and self.view.epoch > self.epoch:
+            what = f"{self.view.host or 'another writer'} has claimed epoch {self.view.epoch} since"
+            if self.view.sealed:
+                what = f"the run was moved to {self.view.sealed} since"
             raise FencedError(
-                f"{self.store.url}: this process owned epoch {self.epoch}, and {self.view.host or 'another writer'} "
-                f"has claimed epoch {self.view.epoch} since: stop this process; the newest committed checkpoint is "
-                f"{_say(self.view.find())}"
+                f"{self.store.url}: this process owned epoch {self.epoch}, and {what}: stop this process; the newest "
+                f"committed checkpoint is {_say(self.view.find())}"
             )
 
-    def claim(self, *, resumed: int | None = None) -> Claim:
-        """Open a new epoch, fencing every older owner, and say which entry the run goes on from."""
+    def claim(
+        self,
+        *,
+        resumed: int | None = None,
+        follows: str = "",
+        epoch: int = 0,
+        check: Callable[[View], None] = lambda view: None,
+    ) -> Claim:
+        """Open a new epoch, fencing every older owner.
+
+        Args:
+            resumed: which entry the run goes on from.
+            follows: for a replicator: the URL of the log that this one is kept a copy of.
+            epoch: this at least: attempts of the other log's epoch will lie here.
+            check: for a replicator: raises if the log, as it is just before the claim, is not to be followed into.
+
+        Raises:
+            FencedError: the run was moved away, or was not handed over yet (code ``fenced.moved``).
+        """
         self.epoch = None
         host = socket.gethostname()
 
         def make(view: View, number: int) -> Claim:
+            check(view)
+            if not follows and (why := view.refusal()):
+                raise FencedError(f"{self.store.url} cannot be claimed: {why}", code="fenced.moved")
             return Claim(
-                format=FORMAT, number=number, epoch=view.epoch + 1 + len(view.broken), writer=self.writer,
-                time=time.time(), host=host, resumed=resumed,
+                format=FORMAT, number=number, epoch=max(epoch, view.epoch + 1 + len(view.broken)), writer=self.writer,
+                time=time.time(), host=host, resumed=resumed, follows=follows,
             )  # fmt: skip
 
         entry = self.append(make)
         self.epoch, self._claimed_at = entry.epoch, entry.number
         return entry  # type: ignore[return-value]
+
+    def move(
+        self,
+        state: str,
+        *,
+        move: str,
+        other: str,
+        save: bool = True,
+        facts: Mapping[str, Any] | None = None,
+        text: str = "",
+        check: Callable[[View], None] = lambda view: None,
+    ) -> Move:
+        """Say how far a move has come; ``sealed`` and ``handover`` open an epoch, which fences the owner.
+
+        Args:
+            state: one of ``MOVE_STATES``.
+            move: its id.
+            other: the URL of the other end, as its store gives it.
+            save: of a request: whether the job saves before it leaves.
+            facts: what was measured.
+            text: the same for people.
+            check: raises if the log, as it is just before this entry, is not as it has to be.
+        """
+        opens = state in ("sealed", "handover")
+
+        def make(view: View, number: int) -> Move:
+            check(view)
+            return Move(
+                format=FORMAT, number=number, epoch=view.epoch + (1 + len(view.broken) if opens else 0),
+                writer=self.writer, time=time.time(), move=move, state=state, other=other, save=save,
+                facts=dict(facts or {}), text=text,
+            )  # fmt: skip
+
+        if opens:
+            self.epoch = None
+        return self.append(make)  # type: ignore[return-value]
 
     def adopt(self, run: str, epoch: int) -> None:
         """Take over what this job's rank 0 has claimed."""

@@ -11,7 +11,7 @@ import msgspec
 
 from gpumove.errors import IntegrityError
 from gpumove.format import keys
-from gpumove.format.manifest import Checkpoint, Claim, Collect, LogEntry, Note, Pin
+from gpumove.format.manifest import Checkpoint, Claim, Collect, LogEntry, Move, Note, Pin
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class View:
     """Damaged entries. Each may have been a claim: epochs are counted past them."""
     first: int = 1
     """Number of the first live entry."""
+    follows: str = ""
+    """The log that this one is a copy of: only its replicator writes here."""
+    sealed: str = ""
+    """Where the run was moved to: only tools write here."""
+    move: Move | None = None
+    """The newest entry of a move."""
 
     def extended(self, entry: LogEntry | Broken) -> View:
         """The view after one more entry."""
@@ -49,7 +55,9 @@ class View:
                 return replace(seen, broken=(*self.broken, entry))
             case Claim():
                 seen = replace(seen, epoch=entry.epoch, writer=entry.writer, host=entry.host)
-                return seen._going_on_from(entry.resumed)
+                return replace(seen, follows=entry.follows, sealed="")._going_on_from(entry.resumed)
+            case Move():
+                return seen._moved(entry)
             case Checkpoint():
                 return self.committed([entry])
             case Note():
@@ -60,8 +68,30 @@ class View:
                 # The gc entry carries the epoch that it was written in, so that claims below it are not missed.
                 return replace(
                     seen, checkpoints=entry.kept, resumed=entry.resumed, first=entry.number, epoch=entry.epoch,
-                    abandoned=frozenset(entry.abandoned),
+                    abandoned=frozenset(entry.abandoned), follows=entry.follows, sealed=entry.sealed, move=entry.move,
                 )  # fmt: skip
+
+    def _moved(self, entry: Move) -> View:
+        seen = replace(self, move=entry)
+        if entry.state not in ("sealed", "handover"):
+            return seen
+        sealed = entry.other if entry.state == "sealed" else ""
+        return replace(seen, epoch=entry.epoch, writer=entry.writer, host="", follows="", sealed=sealed)
+
+    def refusal(self) -> str:
+        """Why no job may claim this log; "" if it may."""
+        if self.sealed:
+            return f"the run was moved to {self.sealed}: resume it there, or take it back with gpumove move --rollback"
+        if self.follows:
+            return f"this is a replica of {self.follows}: hand the run over with gpumove move"
+        move = self.move
+        lost = [b.number for b in self.broken if move is not None and b.number > move.number]
+        if move is not None and lost and move.state in ("begin", "request", "left"):
+            return (
+                f"a move to {move.other} was under way, and log entry {lost[0]}, which cannot be read, may have ended "
+                "it: end the move with gpumove move --resume or --rollback"
+            )
+        return ""
 
     def committed(self, entries: Sequence[Checkpoint]) -> View:
         """The view after a row of checkpoints."""

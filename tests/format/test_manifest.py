@@ -16,6 +16,7 @@ from gpumove.format.manifest import (
     Collect,
     LogEntry,
     Manifest,
+    Move,
     Note,
     Pack,
     Part,
@@ -41,12 +42,27 @@ COMMIT = Checkpoint(
     format=FORMAT, number=2, epoch=1, writer="w", time=1.5, step=3, attempt="00000001-00000002", manifest="0" * 32,
     manifest_bytes=9, world_size=1, state_bytes=24, new_bytes=99,
 )  # fmt: skip
+MOVE = Move(
+    format=FORMAT, number=6, epoch=1, writer="w", time=1.0, move="ab" * 8, state="request", other="gs://c/d",
+    save=False, facts={"rate": 1.5}, text="t",
+)  # fmt: skip
 ENTRIES = [
     COMMIT,
     Claim(format=FORMAT, number=1, epoch=1, writer="w", time=1.0, host="h"),
     Note(format=FORMAT, number=3, epoch=1, writer="w", time=1.0, text="t", resumed=2, damaged=(1,)),
     Pin(format=FORMAT, number=4, epoch=1, writer="w", time=1.0, checkpoint=2, pinned=True),
-    Collect(format=FORMAT, number=5, epoch=1, writer="w", time=1.0, kept=(COMMIT,)),
+    MOVE,
+    Collect(
+        format=FORMAT,
+        number=5,
+        epoch=1,
+        writer="w",
+        time=1.0,
+        kept=(COMMIT,),
+        follows="s3://a/b",
+        sealed="gs://c/d",
+        move=MOVE,
+    ),
 ]
 
 

@@ -126,7 +126,7 @@ def test_the_nearer_deadline_wins_and_the_same_again_is_no_news(caplog: pytest.L
     assert caplog.text.count("notice from file") == 3
     departure.request(Notice("aws", now - 100))
     assert departure.left_s() == 0, "a deadline in the past is now"
-    departure.notice.outcome = Outcome(True, 5, 0)
+    departure.over(Outcome(True, 5, 0), left=True)
     departure.request(Notice("aws", now - 200))
     assert departure.notice.deadline == now - 100, "what has an outcome is over"
     departure.end()
