@@ -101,8 +101,8 @@ def test_saves_are_exact_while_parts_of_a_model_are_frozen_and_thawed(tmp_path: 
             truth[step] = job.state()
             ckpt.save(step).wait(60)
             if step == 5:
-                assert ckpt._snapshot is not None
-                assert len(ckpt._snapshot._unchanged) >= 6
+                assert ckpt._saver.snapshot is not None
+                assert len(ckpt._saver.snapshot._unchanged) >= 6
     fresh = Plain(seed=9)
     for step, state in truth.items():
         gpumove.load(str(tmp_path / "run"), step, model=fresh.model, optimizer=fresh.optimizer)
