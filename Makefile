@@ -6,7 +6,7 @@ PYTEST := $(PY) -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools test test-slow test-gpu lint format types demo bench clean distclean
+.PHONY: help venv tools test test-slow test-gpu lint format types demo move-demo bench clean distclean
 MAKEFLAGS += --no-print-directory
 
 help: ## list the targets
@@ -46,6 +46,9 @@ types: venv ## static types
 
 demo: venv ## train, kill and resume a small job, and compare every loss
 	@$(PY) -m examples.demo $(ARGS)
+
+move-demo: venv tools ## train in one cloud, move to another one meanwhile, and compare every loss
+	@$(PY) -m examples.move_between_clouds $(ARGS)
 
 bench: venv tools ## the benchmarks
 	@$(PY) -m benchmarks $(ARGS)

@@ -70,7 +70,7 @@ class Cell:
     processor time to go, and several where others do the same."""
     said: dict[str, Any] = field(default_factory=dict)
     log: str = ""
-    """The end of what it wrote."""
+    """The begin of what it wrote: where it stood when it was killed comes last, and is long."""
     bad: list[str] = field(default_factory=list)
 
     @property
@@ -137,7 +137,7 @@ class Machine:
             finally:
                 process.kill()
                 process.wait(_DIES_S)
-        cell.log = (folder / "log").read_text()[-4000:]
+        cell.log = (folder / "log").read_text()[:4000]
         cell.resumed_from, digest = self._restore(Task(cell.peer, task.url, dict(self._bucket.options), *shape))
         cell.judge(trained(task), digest)
 

@@ -90,7 +90,7 @@ class Job:
     """A model, its optimizer, and steps that are timed from outside of any checkpointer."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], torch.Tensor]) -> None:
-        self.model, self.optimizer, self._loss = model, optimizer, loss
+        self.model, self.optimizer, self.loss = model, optimizer, loss
         self.step = 0
         self._before = self._after = 0.0
         self._hooks = [register_optimizer_step_pre_hook(self._note_before)]
@@ -108,7 +108,7 @@ class Job:
     def train_step(self) -> StepTimes:
         """One step: forward, backward, optimizer, zero_grad."""
         began = perf_counter()
-        self._loss().backward()
+        self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         ended = perf_counter()

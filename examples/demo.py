@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import pairwise
@@ -51,6 +51,8 @@ class Life:
     """By step, in hexadecimal: every bit of the number."""
     samples: dict[int, str] = field(default_factory=dict)
     """By step, a digest of which samples it was computed from."""
+    at: dict[int, float] = field(default_factory=dict)
+    """By step, when it was complete; at ``resumed``, when the first step could begin."""
     saves: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     killed: bool = False
@@ -75,10 +77,12 @@ class Life:
     def _take(self, said: dict[str, Any]) -> None:
         if "step" in said:
             self.losses[said["step"]], self.samples[said["step"]] = said["loss"], said["samples"]
+            self.at[said["step"]] = said["at"]
         elif "saved" in said:
             self.saves.append(said)
         else:
             self.resumed = said["resumed"]
+            self.at[self.resumed] = said["at"]
 
 
 @dataclass
@@ -147,11 +151,11 @@ def has_open_save(run: Path) -> bool:
     return max(begun, default="") > committed
 
 
-def digest(run: Path, options: dict[str, int]) -> str:
+def digest(url: str, options: Mapping[str, int], storage_options: Mapping[str, Any] | None = None) -> str:
     """Digest of all parameters and optimizer state in the newest checkpoint of a run."""
     model = GPT(context=options["context"], layers=options["layers"], width=options["width"])
     optimizer, _ = make_optimizer(model, options["steps"])
-    gpumove.load(str(run), model=model, optimizer=optimizer)
+    gpumove.load(url, model=model, optimizer=optimizer, storage_options=storage_options)
     found = blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         found.update(name.encode() + tensor.numpy().tobytes())
@@ -219,7 +223,7 @@ def tell(whole: Life, lives: Sequence[Life], every: int) -> dict[str, Any]:
 def prove(out: Path, options: dict[str, int], whole: Life, lives: Sequence[Life]) -> tuple[list[str], dict[str, Any]]:
     """Read back what both runs have left, and compare."""
     checked = gpumove.verify(str(out / "killed"), deep=True)
-    digests = [digest(out / run, options) for run in ("uninterrupted", "killed")]
+    digests = [digest(str(out / run), options) for run in ("uninterrupted", "killed")]
     steps = [checkpoint.step for checkpoint in checked.checkpoints]
     wrong = differences(whole, lives, digests) + [f"{d.object}: {d.problem}" for d in checked.damage]
     compared = sum(len(life.losses) for life in lives)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sysconfig
+import time
 from dataclasses import asdict
 from hashlib import blake2b
 from itertools import chain, repeat
@@ -108,7 +109,7 @@ class Record:
 
     def write(self, **what: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(what) + "\n")
+            self._file.write(json.dumps({**what, "at": time.time()}) + "\n")
 
     def save(self, save: gpumove.SaveHandle | None) -> None:
         """What the newest save has cost, once it is finished."""
@@ -133,7 +134,7 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, int]:
 
 def make_model(args: argparse.Namespace, device: torch.device, rank: int) -> nn.Module:
     torch.manual_seed(args.seed)  # the same first weights on every rank
-    model = GPT(context=args.context, layers=args.layers, width=args.width).to(device)
+    model = GPT(context=args.context, layers=args.layers, width=args.width, dropout=args.dropout).to(device)
     torch.manual_seed(args.seed + 1 + rank)  # and different dropout masks
     if args.fsdp:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -190,4 +191,7 @@ if __name__ == "__main__":
     sizes = {"steps": 600, "every-steps": 25, "batch": 8, "accumulate": 1, "context": 128, "layers": 4, "width": 128}
     for name, default in {**sizes, "threads": 2, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument(
+        "--dropout", type=float, default=0.1, help="default 0.1; 0 for the same losses at any number of ranks"
+    )
     train(parser.parse_args())

@@ -15,6 +15,7 @@ from gpumove.version import __version__
 if TYPE_CHECKING:
     from gpumove.checkpointer import Checkpointer
     from gpumove.config import Config
+    from gpumove.data.stage import stage
     from gpumove.errors import (
         ConfigError,
         FencedError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gpumove.format.manifest import Manifest
     from gpumove.handle import SaveHandle
     from gpumove.inspection.run import checkpoints, verify
+    from gpumove.move.replicate import replicate
     from gpumove.notices.notice import Notice
     from gpumove.reader import load
     from gpumove.state.loader import ElasticLoader
@@ -45,6 +47,8 @@ _HOMES = {
     "StoreError": "gpumove.errors",
     "checkpoints": "gpumove.inspection.run",
     "load": "gpumove.reader",
+    "replicate": "gpumove.move.replicate",
+    "stage": "gpumove.data.stage",
     "verify": "gpumove.inspection.run",
 }
 
@@ -64,6 +68,8 @@ __all__ = [
     "__version__",
     "checkpoints",
     "load",
+    "replicate",
+    "stage",
     "verify",
 ]
 

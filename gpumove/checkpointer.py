@@ -24,11 +24,9 @@ from gpumove.format.manifest import Checkpoint
 from gpumove.from_env import where
 from gpumove.handle import SaveHandle
 from gpumove.health import Finding, Health
-from gpumove.leave.patience import Patience
 from gpumove.leave.way_out import WayOut, request
 from gpumove.meeting import Chair, Told, Verdict
 from gpumove.notices.notice import Notice
-from gpumove.restore import Contents
 from gpumove.runner import Runner
 from gpumove.saver import Saver
 from gpumove.staged import Cut, Seat
@@ -96,8 +94,7 @@ class Checkpointer:
             objects=objects,
             rng=rng,
         )
-        self._patience = Patience()
-        self._store = Store.open(url, self.config, options=storage_options, clock=self._patience.clock)
+        self._store = Store.open(url, self.config, options=storage_options)
         self._log = Log(self._store)
         self._planner = Planner(self._peers, split_bytes=self.config.chunk_bytes)
         self._stager = Stager(overlap=self.config.overlap, skip=self.config.skip_unchanged)
@@ -108,14 +105,13 @@ class Checkpointer:
             self._health, hang_s=self.config.hang_s, folder=self.config.trace_dir, saving=self._saver.running
         )
         self._seat = Seat(self._peers.rank, self._peers.world_size, self.config.peer_s)
-        self._takeover = Takeover(self._peers, self._job, self._log, self.config)
+        self._takeover = Takeover(self._peers, self._job, self._log, self.config, self._saver, self._stager)
         self._way_out = WayOut(self.config, self._peers, self._saver, self._log)
         self._departure = self._way_out.departure
-        self._chair = Chair(self.config, time.monotonic(), self._health.hear)
+        self._chair = Chair(self.config, time.monotonic(), self._health.hear, self._way_out.requests.wanted)
         self._claimed, self._closed = False, False
         self._next_meeting, self._step = 0, -(1 << 62)
         self._failure: BaseException | None = None
-        self._resumed = False
         self._runner.settle_at_exit()
 
     @classmethod
@@ -193,7 +189,9 @@ class Checkpointer:
 
     # ---------------------------------------------------------------- restore
 
-    def restore(self, step: int | None = None, *, strict: bool = True) -> int:
+    def restore(
+        self, step: int | None = None, *, strict: bool = True, lazy: bool = False, wait: bool | None = None
+    ) -> int:
         """Claim the run and load its newest checkpoint into the live objects.
 
         A damaged checkpoint is named in a warning, and the one before it is taken.
@@ -201,23 +199,28 @@ class Checkpointer:
         Args:
             step: take this step's checkpoint instead of the newest. Later ones stay, but training goes on from here.
             strict: refuse a checkpoint that holds more than the live objects take.
+            lazy: return when all but the optimizers' state is there; that follows, and their first step waits for it.
+            wait: if the run is not here yet, or lies elsewhere still, wait until it is handed over, and read ahead.
+                By default ``Config.wait``.
 
         Returns:
-            The step to go on from: 0 for a new run.
+            The step to go on from: 0 for a new run, and if a notice ended the wait; then ``step`` says so at once.
 
         Raises:
             LayoutError: the checkpoint and the live objects do not fit; all differences are listed.
             IntegrityError: every checkpoint is damaged.
             StoreError: the store failed, or cannot hold a run.
         """
-        self._runner.drop(self._saver.last)
-        self._runner.settle(self._saver.last, abandon=True)
-        self._runner.idle()  # the log has one user at a time
+        self._takeover.begin()
+        if self.config.wait if wait is None else wait:
+            self._way_out.watch()
+            if (told := self._takeover.wait(self._way_out.known, strict=strict)) is not None:
+                self._way_out.turn_back(told)
+                return 0
         candidates = self._claim(step)
         if not candidates:
             return 0
-        found, contents = self._takeover.load(candidates, strict=strict)
-        self._follow_on(contents)
+        found = self._takeover.load(candidates, strict=strict, lazy=lazy)
         self._chair.cadence.last_step = self._runner.committed_step = self._step = found.step
         self._departure.step = found.step
         self._next_meeting = 0
@@ -228,25 +231,11 @@ class Checkpointer:
     def _claim(self, step: int | None, *, only_if_new: bool = False) -> list[Checkpoint]:
         """Become the owner, on all ranks; the checkpoints to try, newest first."""
         claimed = self._takeover.claim(step, only_if_new=only_if_new)
-        # What this process wrote in an older epoch may be of an attempt that is dead now: gc may take it at any time.
-        self._runner.take_predecessor({})
         self._way_out.open()
         self._watchdog.start()
         self._chair.cadence.interval.learn(claimed.past, time.monotonic())
         self._claimed = True
         return claimed.candidates
-
-    def _follow_on(self, contents: Contents) -> None:
-        """What was restored is what the next save is coded against: stage it now, while it is what is there."""
-        table = contents.predecessor()
-        self._runner.take_predecessor(table)
-        if self.config.delta and self.config.codec != "raw":
-            saver = self._saver
-            found = self._takeover.staged(self._planner, lambda cut: (now := saver.lay_out(cut), saver.stage(now)))
-            if found is not None:
-                capture, (layout, snapshot) = found
-                self._runner.follow_on(table, snapshot, layout, capture)
-                self._resumed = True
 
     # ---------------------------------------------------------------- save
 
@@ -275,7 +264,12 @@ class Checkpointer:
         if step >= self._departure.limit and self._way_out.due(step):
             return True
         if step >= self._next_meeting:
-            told = self._meet(step, force=False, pinned=False)
+            try:
+                told = self._meet(step, force=False, pinned=False)
+            except StoreError as error:
+                if self._way_out.lost(step, error):
+                    return True
+                raise
             if told is not None:
                 self._way_out.leave_from_meeting(told, step, self.save)
                 return True
@@ -294,14 +288,17 @@ class Checkpointer:
             The handle to wait on.
         """
         self._count(step)
-        if self._saver.last is not None and self._way_out.saved(step):
-            return self._saver.last
-        if self._saver.last is not None and not self._saver.last.finished:
-            self._saver.last.join(min(self.config.peer_s, self._departure.left_s()))
+        last = self._saver.last
+        if self._way_out.saved(step) and last is not None:
+            return last
+        if last is not None:
+            self._departure.wait(last.join, most_s=min(self.config.peer_s, self._departure.meet_s))
         self._meet(step, force=True, pinned=pinned)
-        if self._saver.last is None or self._saver.last.step != step:
-            raise StoreError(f"the save of step {step} did not begin")
-        return self._saver.last
+        if self._saver.last is not None and self._saver.last.step == step:
+            return self._saver.last
+        if self.leaving:
+            return self._saver.refuse(step, "the one before is not done, and the job has to leave")
+        raise StoreError(f"the save of step {step} did not begin")
 
     def _count(self, step: int) -> None:
         if type(step) is not int or abs(step) >= 1 << 53:
@@ -317,7 +314,7 @@ class Checkpointer:
         capture, report = self._saver.look(step)
         report.notice = self._departure.told()
         marks.append(time.perf_counter())
-        self._peers.meet(f"the meeting at step {step}")
+        self._peers.meet(f"the meeting at step {step}", most_s=self._departure.meet_s)
         decide = partial(self._chair.decide, step, last=self._saver.last, force=force, now=time.monotonic())
         answer = self._peers.ask(msgspec.msgpack.encode(report), lambda told: msgspec.msgpack.encode(decide(told)))
         verdict = msgspec.msgpack.decode(answer, type=Verdict)
@@ -336,9 +333,9 @@ class Checkpointer:
         layout = self._saver.lay_out(capture)
         marks.append(time.perf_counter())
         if not verdict.save:
-            if verdict.replan or self._resumed:
+            if verdict.replan or self._takeover.resumed:
                 self._runner.prepare(layout.sources)
-            self._resumed = False
+            self._takeover.resumed = False
             return verdict.notice
         self._runner.settle(self._saver.last, abandon=True)
         cut = Cut(capture, layout, self._planner.agreement())
@@ -370,17 +367,14 @@ class Checkpointer:
             return
         self._closed = True
         self._watchdog.close()
-        self._way_out.close()
-        gave_up = self._way_out.gave_up
+        ended = False
         try:
-            left_s = self._departure.left_s(margin=0.5) if self.leaving else None
-            self._runner.drop(self._saver.last)
-            gave_up |= not self._runner.settle(self._saver.last, abandon=gave_up, timeout_s=left_s)
-            self._way_out.settle(self._step, self._failure)
+            ended = self._way_out.finish(self._step, self._failure)
+            self._takeover.end(wait=ended and self._failure is None and not self.leaving)
         finally:
-            if gave_up:
-                self._patience.end()
-            self._runner.close(wait=not gave_up)
+            if not ended:
+                self._store.hurry(0.0)
+            self._runner.close(settled=ended)
             self._stager.close()
             self._peers.close()
             self._store.close()

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
-import msgspec
-
-from gpumove import cli_run
+from gpumove import cli_move, cli_moving, cli_run
 from gpumove import cli_tables as tables
+from gpumove.cli_options import parse_size, storage_options, whole
 from gpumove.cli_tables import Screen
+from gpumove.cmdline import hide_secrets, shown
 from gpumove.config import Config
-from gpumove.errors import ConfigError, IntegrityError
+from gpumove.errors import IntegrityError
 from gpumove.inspection.doctor import Check, doctor
 from gpumove.inspection.export import export
 from gpumove.inspection.run import open_run, pick, verify
@@ -34,11 +33,6 @@ Arguments = argparse.Namespace
 Verb = Callable[[Arguments, Screen], int]
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMGT", 1)
-    for suffix, base in (("B", 1000), ("IB", 1024), ("", 1000))
-}
 
 
 # -------------------------------------------------------------------- the verbs
@@ -65,7 +59,7 @@ def run_verify(args: Arguments, screen: Screen) -> int:
     """Whether every byte that the checkpoints need is there."""
     with screen.progress("reading packs") as progress:
         data = verify(
-            args.url, step=args.step, deep=args.deep, storage_options=_storage_options(args), progress=progress
+            args.url, step=args.step, deep=args.deep, storage_options=storage_options(args), progress=progress
         )
     screen.give(data, lambda s: tables.show_verify(s, data))
     return 0 if data.sound else IntegrityError.exit_code
@@ -96,9 +90,9 @@ def _retention(args: Arguments) -> dict[str, int | None]:
     """What the options say; what they leave out is the environment's."""
     given: dict[str, int | None] = {}
     if args.keep_last is not None:
-        given["keep_last"] = None if args.keep_last == "all" else _whole("--keep-last", args.keep_last)
+        given["keep_last"] = None if args.keep_last == "all" else whole("--keep-last", args.keep_last)
     if args.keep_every is not None:
-        given["keep_every"] = _whole("--keep-every", args.keep_every)
+        given["keep_every"] = whole("--keep-every", args.keep_every)
     return given
 
 
@@ -122,7 +116,7 @@ def run_export(args: Arguments, screen: Screen) -> int:
         data = export(
             args.url, args.out, step=args.step, what=args.what, dtype=args.dtype, force=args.force,
             max_shard_bytes=parse_size("--max-shard-size", args.max_shard_size), drop_tied=args.tied == "drop",
-            storage_options=_storage_options(args), progress=progress,
+            storage_options=storage_options(args), progress=progress,
         )  # fmt: skip
     screen.give(data, lambda s: tables.show_export(s, data))
     return 0
@@ -131,7 +125,7 @@ def run_export(args: Arguments, screen: Screen) -> int:
 def run_doctor(args: Arguments, screen: Screen) -> int:
     """Is this machine, and this store, fit for a run?"""
     checks: list[Check] = []
-    for check in doctor(args.url, storage_options=_storage_options(args)):
+    for check in doctor(args.url, storage_options=storage_options(args)):
         checks.append(check)
         if not screen.json:
             tables.show_check(screen, check)
@@ -144,56 +138,21 @@ def run_doctor(args: Arguments, screen: Screen) -> int:
 
 
 def _opened(args: Arguments) -> AbstractContextManager[Log]:
-    return open_run(args.url, storage_options=_storage_options(args))
-
-
-def _storage_options(args: Arguments) -> dict[str, Any]:
-    """``--option key=value`` as a dict; dots nest. Values may be secrets, so that no message holds one."""
-    options: dict[str, Any] = {}
-    for number, text in enumerate(args.option, 1):
-        name, equals, value = text.partition("=")
-        words = name.split(".")
-        if not equals or not all(words):
-            raise ConfigError(f"the --option number {number} is not of the form key=value")
-        into = options
-        for word in words[:-1]:
-            into = into.setdefault(word, {})
-            if not isinstance(into, dict):
-                raise ConfigError(f"the --option number {number} goes below one that has a value")
-        into[words[-1]] = _value(value)
-    return options
-
-
-def _value(text: str) -> Any:
-    """JSON where it reads as JSON (true, 3, {...}, "3"), else the text itself."""
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        return text
-
-
-def parse_size(option: str, text: str) -> int:
-    """A size such as ``5GB`` (powers of 1000) or ``512MiB`` (powers of 1024), in bytes.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS:
-        raise ConfigError(f"{option} takes a size such as 5GB or 512MiB, not {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def _whole(option: str, text: str) -> int:
-    if not text.isdecimal():
-        raise ConfigError(f"{option} takes a whole number, not {text!r}")
-    return int(text)
+    return open_run(args.url, storage_options=storage_options(args))
 
 
 # -------------------------------------------------------------------- parsing
 
 
-class _Parser(argparse.ArgumentParser):
+class _Discreet(argparse.ArgumentParser):
+    """Repeats no value that it does not know: it may be a key."""
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse does."""
+        super().error(shown(message))
+
+
+class _Parser(_Discreet):
     """Takes options and places in any order, which argparse by itself does not where a place may be left out."""
 
     _inside = False
@@ -210,24 +169,33 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Discreet(
         prog="gpumove", description="Looks after the checkpoints of running PyTorch jobs.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"gpumove {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
 
-    def verb(name: str, run: Verb, *, url: str | None = None) -> argparse.ArgumentParser:
+    def verb(name: str, run: Verb, *, url: str | None = None, ends: str = "") -> argparse.ArgumentParser:
         found = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
         found.set_defaults(run=run)
-        found.add_argument("url", metavar="URL", nargs=url, help="where the run lies")
-        found.add_argument("--option", metavar="KEY=VALUE", action="append", default=[], help="a storage option")
+        if ends:
+            found.add_argument("src", metavar="SRC", help="where it lies")
+            named: dict[str, Any] = {"dest": "dst", "required": True} if ends.startswith("-") else {}
+            found.add_argument(ends, metavar="DST", help="where it is to lie", **named)
+        else:
+            found.add_argument("url", metavar="URL", nargs=url, help="where the run lies")
+        for option in ("--from-option", "--to-option") if ends else ("--option",):
+            end = {"--from-option": " of SRC", "--to-option": " of DST"}.get(option, "")
+            found.add_argument(option, metavar="KEY=VALUE", action="append", default=[], help=f"a storage option{end}")
         found.add_argument("--json", action="store_true", help="answer in JSON")
         found.add_argument("--debug", action="store_true", help="show where an error comes from")
         return found
 
     _add_reading(verb)
     _add_changing(verb)
-    cli_run.add(verb, _storage_options)
+    cli_run.add(verb)
+    cli_move.add(verb)
+    cli_moving.add(verb)
     return parser
 
 
@@ -272,6 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    if arguments is None:
+        hide_secrets()
     given, torchrun = cli_run.split(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(given, Arguments(torchrun=torchrun))
     screen = Screen(json=args.json)

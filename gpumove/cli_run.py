@@ -9,15 +9,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from gpumove.cli_options import storage_options
 from gpumove.cli_tables import Screen
 from gpumove.config import Config
 from gpumove.errors import ConfigError
 from gpumove.job.launch import settings
-from gpumove.job.outcome import DURABLE, FINISHED, NOT_DURABLE
+from gpumove.job.outcome import DURABLE, FINISHED, MOVED, NOT_DURABLE
 from gpumove.job.supervise import Job, run
 
 Arguments = argparse.Namespace
-_STYLES = {FINISHED: "bold green", DURABLE: "bold green", NOT_DURABLE: "bold yellow"}
+_STYLES = {FINISHED: "bold green", DURABLE: "bold green", MOVED: "bold green", NOT_DURABLE: "bold yellow"}
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -28,9 +29,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return given[: given.index("--")], given[given.index("--") + 1 :]
 
 
-def add(
-    verb: Callable[..., argparse.ArgumentParser], storage_options: Callable[[Arguments], Mapping[str, Any]]
-) -> None:
+def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb to the parser."""
 
     def run_run(args: Arguments, screen: Screen) -> int:
@@ -38,7 +37,7 @@ def add(
         _run(args, screen, storage_options(args))
 
     found = verb("run", run_run)
-    found.usage = "gpumove run [--grace S] [--notice WORDS] [--max-restarts N] URL -- TORCHRUN-ARGUMENTS"
+    found.usage = "gpumove run [--grace S] [--notice WORDS] [--max-restarts N] [--wait] URL -- TORCHRUN-ARGUMENTS"
     found.add_argument("--grace", metavar="S", type=float, help="seconds that a notice leaves (GPUMOVE_GRACE_S, 30)")
     found.add_argument(
         "--notice", metavar="WORDS", help="besides signals: aws, gcp, azure, file:PATH, url:URL (GPUMOVE_NOTICES)"
@@ -46,12 +45,13 @@ def add(
     found.add_argument(
         "--max-restarts", metavar="N", type=int, default=3, help="restarts in a row without a newer checkpoint (3)"
     )
+    found.add_argument("--wait", action="store_true", help="wait for a run that is on its way here (GPUMOVE_WAIT)")
 
 
 def _run(args: Arguments, screen: Screen, options: Mapping[str, Any]) -> NoReturn:
     if args.max_restarts < 0:
         raise ConfigError(f"--max-restarts takes a whole number of at least 0, not {args.max_restarts}")
-    given = {"grace_s": args.grace, "notices": args.notice}
+    given = {"grace_s": args.grace, "notices": args.notice, "wait": args.wait or None}
     config = Config.from_env(settings(), **{name: value for name, value in given.items() if value is not None})
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s gpumove run: %(message)s")
     logging.getLogger("gpumove").setLevel(logging.INFO)

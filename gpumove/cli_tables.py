@@ -77,6 +77,17 @@ class Screen:
     def _write(self, text: str) -> None:
         sys.stdout.write(text + "\n")
 
+    def note(self, text: str) -> None:
+        """Something that is said while the work goes on, above the bar if there is one: on standard error, unless it
+        is for a program, which gets a line of it each time."""
+        if self.json:
+            self._write(text)
+            sys.stdout.flush()
+        elif self._errors.is_terminal:
+            self._errors.print(text, soft_wrap=True)
+        else:
+            sys.stderr.write(text + "\n")
+
     def fail(self, message: str, *, code: str) -> None:
         """The one line that says what went wrong."""
         if self.json:
@@ -134,6 +145,8 @@ def show_overview(screen: Screen, data: Overview) -> None:
     )
     screen.line(("run   ", "bold"), f"{data.run} at {data.url}")
     screen.line(("owner ", "bold"), owner)
+    if data.condition:
+        screen.line(("moving ", "bold yellow"), data.condition)
     if data.checkpoints:
         heads = ("step", "entry", "age", "ranks", "state", "new", "epoch", "pinned", "condition")
         screen.line("")
@@ -169,6 +182,7 @@ def show_detail(screen: Screen, data: Detail) -> None:
         "losses": _say_trace(data),
         "manifest": data.manifest,
     }
+    facts |= {"moving": data.condition} if data.condition else {}
     for name, fact in facts.items():
         screen.line((f"{name:<11}", "bold"), fact)
     for found in data.health:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -78,8 +79,12 @@ class Config:
     """Seconds that a notice without a deadline of its own leaves."""
     hang_s: float = 600.0
     """Seconds without a step after which a rank tells where it stands, with all its Python stacks."""
+    wait: bool = False
+    """Whether ``restore()`` waits for a run that is being moved here, or is not here yet."""
     leave_on: str = ""
     """Findings that make the job leave: any of ``slow``, ``straggler``, ``nan``, ``hang``, with commas."""
+    allowed_regions: str = ""
+    """Regions that the run may be copied or moved to: patterns such as ``eu-*,europe-west4``; empty for all."""
     on_save_error: str = "raise"
     """``"raise"``: a failed save is raised once in the training thread. ``"warn"``: it is logged and counted."""
 
@@ -201,9 +206,11 @@ def _check_words(c: Config) -> list[str]:
     ]
     problems += [
         f"{name} must be True or False, not {getattr(c, name)!r}"
-        for name in ("delta", "overlap")
+        for name in ("delta", "overlap", "wait")
         if type(getattr(c, name)) is not bool
     ]
+    if wrong := [w for w in map(str.strip, c.allowed_regions.split(",")) if not re.fullmatch(r"[\w*?.\[\]-]*", w)]:
+        problems.append(f"allowed_regions takes patterns such as eu-*, with commas, not {', '.join(wrong)}")
     if unknown := [word for word in map(str.strip, c.leave_on.split(",")) if word and word not in _FINDINGS]:
         problems.append(f"leave_on takes {', '.join(_FINDINGS)}, with commas, not {', '.join(unknown)}")
     return problems

@@ -10,17 +10,25 @@ import base64
 import binascii
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
+from typing import TypeVar
 
 import numpy as np
 
 from gpumove.config import Config
 from gpumove.errors import GpumoveError, IntegrityError, ObjectNotFoundError
-from gpumove.format.codec import check_digest, decode
+from gpumove.format.codec import check_digest, decode, digest
 from gpumove.format.stored import Spot, Stored, closure
-from gpumove.ranges import Group, Span, Wanted, groups, spans
+from gpumove.ranges import Group, Span, Wanted, batches, groups, spans
 from gpumove.store.objects import Store
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Held = Callable[[Stored], memoryview | None]
+"""A chunk's decoded bytes, if they are here already; nobody changes them until the fetch is over."""
 
 
 def inline_data(name: str, text: str, nbytes: int) -> memoryview:
@@ -65,6 +73,7 @@ def fetch(
     *,
     config: Config,
     failed: Callable[[str, IntegrityError], None] | None = None,
+    held: Held | None = None,
 ) -> int:
     """Read, verify and hand over chunks, from several threads at once.
 
@@ -73,6 +82,7 @@ def fetch(
         wanted: what to read; inline chunks are fine.
         config: how many calls and bytes may be in flight.
         failed: told the name of every chunk that cannot be had, and why; without it the first such error is raised.
+        held: asked for every chunk before it is read: what is here is not, nor what it is decoded from.
 
     Returns:
         Bytes read from the store.
@@ -83,12 +93,14 @@ def fetch(
     for want in wanted:
         if want.placed.inline is not None:
             _deliver(want, inline_data(want.name, want.placed.inline, want.placed.nbytes))
-    todo = groups(wanted)
+    here = at_hand(wanted, held, workers=config.workers) if held is not None else {}
+    todo = groups(wanted, here=here)
+    ready = list(batches([want for want in wanted if want.placed.stored and want.placed.stored.spot in here]))
     buffers = Buffers()
     widest = max((group.held_bytes for group in todo), default=1)
     # A local file is read by the processor that decodes it: more threads than that only wait for each other.
     most = config.concurrency if store.parallel else config.workers
-    threads = max(1, min(most, config.budget_bytes // widest, len(todo)))
+    threads = max(1, min(most, config.budget_bytes // widest, len(todo) + len(ready)))
 
     # Two pools: a group's ranges are read side by side, or a chain would pay the store's latency for each of its links.
     with (
@@ -97,9 +109,52 @@ def fetch(
     ):
 
         def work(group: Group) -> int:
-            return _Reader(store, group, buffers, reads, failed).run()
+            return _Reader(store, group, buffers, reads, failed, here).run()
 
-        return sum(pool.map(work, todo))  # map() takes back what is still queued if one fails
+        def hand_over(batch: Sequence[Wanted]) -> None:
+            for want in batch:
+                if want.placed.stored is not None:
+                    _deliver(want, here[want.placed.stored.spot])
+
+        delivered = _each(pool, hand_over, ready)  # takes back what is still queued if one fails
+        nbytes = sum(_each(pool, work, todo))
+        for _ in delivered:
+            pass
+        return nbytes
+
+
+def _each(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """``pool.map``, with what the caller has said of whom the work is still wanted by (``store.retry.unless``)."""
+    return pool.map(lambda job: job[0].run(work, job[1]), [(copy_context(), item) for item in items])
+
+
+def at_hand(wanted: Sequence[Wanted], held: Held, *, workers: int) -> dict[Spot, memoryview]:
+    """What of these, and of what they are decoded from, is here, as far down as it has to be known.
+
+    Each is hashed, although it was right when it was put in: that takes a fraction of the copy into place, and memory
+    or a disk may have gone bad in the hours that a job waits. What is not right is not damage of the checkpoint: it is
+    read as if it were not here.
+    """
+    found: dict[Spot, memoryview] = {}
+    seen: set[Spot] = set()
+
+    def look(want: Wanted) -> None:
+        todo = [] if want.placed.stored is None else [want.placed.stored]
+        while todo:
+            node = todo.pop()
+            if node.spot in seen:
+                continue
+            seen.add(node.spot)
+            data = held(node)
+            if data is not None and len(data) == node.nbytes and digest(data) == node.digest:
+                found[node.spot] = data
+            else:
+                todo += node.bases
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="gpumove-look") as pool:
+        for _ in pool.map(look, wanted):
+            pass
+    return found
 
 
 def read_span(store: Store, span: Span, out: memoryview) -> memoryview:
@@ -133,8 +188,10 @@ class _Reader:
         buffers: Buffers,
         reads: ThreadPoolExecutor,
         failed: Callable[[str, IntegrityError], None] | None,
+        here: Mapping[Spot, memoryview],
     ) -> None:
         self._store, self._group, self._buffers, self._reads, self._failed = store, group, buffers, reads, failed
+        self._here = here
         self._spans: dict[str, list[tuple[Span, memoryview]]] = defaultdict(list)
         self._errors: dict[str, IntegrityError] = {}
         """By pack: why it could not be read."""
@@ -143,7 +200,7 @@ class _Reader:
 
     def run(self) -> int:
         """Read all, decode in order, hand over. Bytes read."""
-        nodes = closure(self._group.nodes.values())
+        nodes = self._group.nodes
         self._read(spans(nodes.values()))
         waiting = Counter(base.spot for node in nodes.values() for base in node.bases)
         for spot, node in nodes.items():
@@ -162,7 +219,9 @@ class _Reader:
     def _read(self, wanted: list[Span]) -> None:
         """All ranges at once; none is left under way, whatever fails."""
         outs = [self._buffers.take(span.stop - span.start) for span in wanted]
-        under_way = [self._reads.submit(read_span, self._store, span, out) for span, out in zip(wanted, outs)]
+        under_way = [
+            self._reads.submit(copy_context().run, read_span, self._store, span, out) for span, out in zip(wanted, outs)
+        ]
         wait(under_way)
         for span, future in zip(wanted, under_way):
             try:
@@ -206,8 +265,9 @@ class _Reader:
             check_digest(stored, node.digest)
             return stored
         out = self._home(node) or self._buffers.take(node.nbytes)
+        bases = [self._here[b.spot] if b.spot in self._here else self._data[b.spot] for b in node.bases]
         try:
-            decode(node.codec, stored, out, bases=[self._data[b.spot] for b in node.bases], expected=node.digest)
+            decode(node.codec, stored, out, bases=bases, expected=node.digest)
         except GpumoveError:
             self._buffers.give(out)
             raise

@@ -41,6 +41,8 @@ class Word(msgspec.Struct, frozen=True, kw_only=True):
     """The traceback of what ended it."""
     exit_code: int | None = None
     """Of ``errors.py``, where that was an error of gpumove's."""
+    code: str = ""
+    """Likewise."""
     time: float = 0.0
     rank: int = 0
 
@@ -147,9 +149,9 @@ class Worker:
         if self._word.error is not None:
             return
         text = "".join(traceback.format_exception(error))[-_ERROR_CHARS:]
-        code = error.exit_code if isinstance(error, GpumoveError) else None
+        exit_code, code = (error.exit_code, error.code) if isinstance(error, GpumoveError) else (None, "")
         state: State = "left" if self._word.state == "left" else "failed"
-        self._change(state=state, error=text, exit_code=code)
+        self._change(state=state, error=text, exit_code=exit_code, code=code)
 
     def _change(self, **changes: Any) -> None:
         self._word = msgspec.structs.replace(self._word, **changes)

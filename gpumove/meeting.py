@@ -81,17 +81,24 @@ def first_error(reports: Sequence[Report]) -> Described | None:
 class Chair:
     """Rank 0's side of the meetings: whether to save, whether to plan anew, and when to meet again."""
 
-    def __init__(self, config: Config, now: float, hear: Callable[[Sequence[Vitals], int], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        now: float,
+        hear: Callable[[Sequence[Vitals], int], None],
+        asked: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Nothing was decided yet.
 
         Args:
             config: the run's.
             now: seconds of a monotonic clock.
             hear: is told how all ranks are doing.
+            asked: whether a move asks for a save after every step.
         """
         self._config, self._hear = config, hear
         self.cadence = Cadence(config, now)
-        self._step_log = StepLog(config)
+        self._step_log = StepLog(config, asked)
         self._counted: SaveHandle | None = None
         self.serial = 0
         self.skipped = 0

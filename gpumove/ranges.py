@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ class Group:
         waiting = Counter(base.spot for node in self.nodes.values() for base in node.bases)
         sizes: dict[Spot, int] = {}
         peak = 0
-        for spot, node in closure(self.nodes.values()).items():
+        for spot, node in self.nodes.items():
             sizes[spot] = node.nbytes
             peak = max(peak, sum(sizes.values()))
             waiting.subtract(base.spot for base in node.bases)
@@ -87,18 +87,22 @@ def spans(nodes: Iterable[Stored]) -> list[Span]:
     return found
 
 
-def groups(wanted: Iterable[Wanted]) -> list[Group]:
+def groups(wanted: Iterable[Wanted], *, here: Container[Spot] = ()) -> list[Group]:
     """Wanted chunks in groups that can be read and decoded apart, each about as large as one read. Largest first.
 
     Chunks that share a base, directly or not, are in one group, so that each is read and decoded once.
+
+    Args:
+        wanted: what is needed.
+        here: what need not be read, nor what it is decoded from.
     """
     families: dict[Spot, Group] = {}
     for want in wanted:
         node = want.placed.stored
-        if node is None:
+        if node is None or node.spot in here:
             continue
         mine = families.get(node.spot) or Group()
-        for spot, needed in closure([node]).items():
+        for spot, needed in closure([node], known=here).items():
             other = families.get(spot)
             if other is not None and other is not mine:
                 mine, other = (mine, other) if len(mine.nodes) >= len(other.nodes) else (other, mine)
@@ -122,3 +126,17 @@ def _joined(apart: Iterable[Group]) -> list[Group]:
         found[-1].take(group)
         size += nbytes
     return found
+
+
+def batches(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
+    """Wanted chunks in runs that are worth a thread's while."""
+    batch: list[Wanted] = []
+    size = 0
+    for want in wanted:
+        batch.append(want)
+        size += want.placed.nbytes
+        if size >= _RANGE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

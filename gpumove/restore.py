@@ -8,7 +8,7 @@ decoded right there, afterwards: a restore that fails leaves rubbish in its targ
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,10 +17,10 @@ from torch.autograd.graph import increment_version
 
 from gpumove.config import Config
 from gpumove.errors import ConfigError, IntegrityError
-from gpumove.fetch import fetch
+from gpumove.fetch import Held, fetch
 from gpumove.format.boxes import Box, intersect
 from gpumove.format.manifest import Checkpoint, Manifest, Part
-from gpumove.format.stored import Placed, Shelf, Stored
+from gpumove.format.stored import Placed, Shelf, Stored, closure
 from gpumove.ranges import Wanted
 from gpumove.save.chunks import ChunkKey
 from gpumove.state.capture import Saved, Targets
@@ -106,7 +106,7 @@ def _twin(stream: int, parts: Sequence[Part], otherwise: Part) -> Part:
     return next((p for p in parts if p.values[RngMember.name]["stream"] == stream), otherwise)
 
 
-def fill(store: Store, contents: Contents, targets: Targets, *, config: Config) -> int:
+def fill(store: Store, contents: Contents, targets: Targets, *, config: Config, held: Held | None = None) -> int:
     """Read every target's bytes, verify them, and copy them into place.
 
     Returns:
@@ -115,12 +115,40 @@ def fill(store: Store, contents: Contents, targets: Targets, *, config: Config) 
     Raises:
         IntegrityError: an object is damaged, truncated or missing; the message names it. Targets may be part filled.
     """
-    wanted = _wanted(targets.tensors, contents.tensors) + _wanted(targets.local, contents.local)
-    nbytes = fetch(store, wanted, config=config)
+    nbytes = fetch(store, wants(contents, targets), config=config, held=held)
+    filled(targets)
+    return nbytes
+
+
+def wants(contents: Contents, targets: Targets) -> list[Wanted]:
+    """The chunks that go into these targets.
+
+    Raises:
+        IntegrityError: they do not cover a target.
+    """
+    return _wanted(targets.tensors, contents.tensors) + _wanted(targets.local, contents.local)
+
+
+def filled(targets: Targets) -> None:
+    """Say so to torch: they may have been filled behind its back."""
     for tensor in (*targets.tensors.values(), *targets.local.values()):
         if tensor.numel() >= _LEAST and not tensor.is_inference():
-            increment_version(local_tensor(tensor.detach()))  # it may have been filled behind torch's back
-    return nbytes
+            increment_version(local_tensor(tensor.detach()))
+
+
+def parted(wanted: Sequence[Wanted], late: Container[str]) -> tuple[list[Wanted], list[Wanted]]:
+    """What is to be there first, and what of the ``late`` tensors can come later.
+
+    What the one is decoded from is read with it, so it is handed over then, whomever it belongs to.
+    """
+    first = [want for want in wanted if want.name not in late]
+    needed = closure(want.placed.stored for want in first if want.placed.stored is not None)
+    later: list[Wanted] = []
+    for want in wanted:
+        if want.name in late:
+            along = want.placed.stored is None or want.placed.stored.spot in needed
+            (first if along else later).append(want)
+    return first, later
 
 
 def _wanted(targets: Mapping[str, torch.Tensor], stored: Mapping[str, list[Placed]]) -> list[Wanted]:

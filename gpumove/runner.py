@@ -8,8 +8,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotDone  # python 3.10 has one of its own
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -125,13 +124,11 @@ class Runner:
         while self._pending:
             # One that has not begun would only cost time; one that failed is no loss, since staging does the same.
             future = self._pending[-1]
-            try:
-                error = None if future.cancel() else future.exception(_left(until))
-            except NotDone:
+            if not future.cancel() and not wait([future], _left(until)).done:
                 return False
-            if error is not None:
-                _log.warning("the next save is slower or larger than need be: %s", error)
             self._pending.pop()
+            if not future.cancelled() and (error := future.exception()) is not None:
+                _log.warning("the next save is slower or larger than need be: %s", error)
         return handle is None or handle.join(_left(until))
 
     def abandon(self, handle: SaveHandle | None) -> None:
@@ -292,10 +289,10 @@ class Runner:
         if register is not None:
             register(settle)
 
-    def close(self, *, wait: bool = True) -> None:
+    def close(self, *, settled: bool = True) -> None:
         """End the threads. A running save must have been settled, or it is left behind and ends by itself."""
-        self._thread.shutdown(wait=wait)
-        if wait:
+        self._thread.shutdown(wait=settled)
+        if settled:
             self._writer.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gpumove.errors import describe
+from gpumove.errors import StoreError, describe
 from gpumove.handle import SaveHandle
 from gpumove.health import Health
 from gpumove.losses import Losses
@@ -37,6 +37,7 @@ class Saver:
     def look(self, step: int) -> tuple[Capture | Exception, Report]:
         """The cut. A failure is told at the meeting: the other ranks must not wait for this one."""
         try:
+            self._stager.awaited()
             capture = self._job.capture()
             return capture, Report(step, replan=self.planner.changed(capture), vitals=self._health.report(step))
         except Exception as error:  # noqa: BLE001 - state_dict() of a user's object raises what it likes
@@ -79,4 +80,11 @@ class Saver:
             handle.mark_seen()
             raise
         handle.mark_called(began)
+        return handle
+
+    def refuse(self, step: int, why: str) -> SaveHandle:
+        """A save that does not begin, for whoever waits for it."""
+        handle = SaveHandle(step, "")
+        handle.finish(StoreError(f"the save of step {step} did not begin: {why}", code="store.abandoned"))
+        handle.mark_seen()
         return handle

@@ -20,8 +20,6 @@ class Seat:
     world_size: int
     patience_s: float
     """Bound on waiting for the parts of the others."""
-    last: bool = False
-    """The job leaves: nothing is done after the commit."""
 
 
 class Cut(NamedTuple):

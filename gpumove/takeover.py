@@ -1,6 +1,6 @@
 """Becoming a run's owner, and reading its newest sound checkpoint into the live objects: on all ranks, or on none.
 
-Collective, in the training thread. What is saved afterwards, and when, is not known here.
+Collective, in the training thread. When what comes after is saved is not known here.
 """
 
 from __future__ import annotations
@@ -8,30 +8,61 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
 
 import msgspec
+from torch.utils.hooks import RemovableHandle
 
 from gpumove.cadence import past
 from gpumove.config import Config
 from gpumove.errors import ConfigError, GpumoveError, describe, rebuild
+from gpumove.fetch import fetch
 from gpumove.format.manifest import Checkpoint
-from gpumove.meeting import Claimed
-from gpumove.restore import Contents, fill, read_contents, try_newest
+from gpumove.lazy import Late, beside
+from gpumove.meeting import Claimed, Told
+from gpumove.ranges import Wanted
+from gpumove.restore import Contents, filled, parted, read_contents, try_newest, wants
+from gpumove.saver import Saver
 from gpumove.state.capture import Capture, Job, Targets
-from gpumove.state.layout import Planner
+from gpumove.state.layout import Layout
 from gpumove.state.peers import Peers
+from gpumove.state.snapshot import Snapshot
+from gpumove.state.staging import Stager
 from gpumove.store.log import Log
+from gpumove.waiting import Waiting
+from gpumove.warm import Warm
 
-T = TypeVar("T")
 _log = logging.getLogger("gpumove")
 
 
 class Takeover:
     """One rank's side."""
 
-    def __init__(self, peers: Peers, job: Job, log: Log, config: Config) -> None:
+    def __init__(self, peers: Peers, job: Job, log: Log, config: Config, saver: Saver, stager: Stager) -> None:
         self._peers, self._job, self._book, self._config = peers, job, log, config
+        self._saver, self._runner, self._stager = saver, saver.runner, stager
+        self._warm: Warm | None = None
+        self._late: Late | None = None
+        self._looks: list[RemovableHandle] = []
+        self.resumed = False
+        """Whether the first save follows on from what was restored."""
+
+    def begin(self) -> None:
+        """Nothing is on its way, and nobody uses the log, from here on."""
+        self.end()
+        self._cool_down()
+        self._runner.drop(self._saver.last)
+        self._runner.settle(self._saver.last, abandon=True)
+        self._runner.idle()  # the log has one user at a time
+
+    def wait(self, told: Callable[[], Told | None], *, strict: bool) -> Told | None:
+        """Until the run may be claimed, with all but the newest bytes of it here; or a notice that ends the wait."""
+        waiting = Waiting(self._peers, self._job, self._book, self._config, told=told, strict=strict)
+        notice = waiting.run()
+        if notice is None:
+            self._warm = waiting.warm
+        return notice
+
+    # ---------------------------------------------------------------- claim
 
     def claim(self, step: int | None, *, only_if_new: bool = False) -> Claimed:
         """Become the owner, on all ranks; the checkpoints to try, newest first."""
@@ -41,6 +72,8 @@ class Takeover:
         if answer.error is not None:
             raise rebuild(answer.error)
         self._book.adopt(answer.run, answer.epoch)
+        # What this process wrote in an older epoch may be of an attempt that is dead now: gc may take it at any time.
+        self._runner.take_predecessor({})
         return answer
 
     def _claim_here(self, step: int | None, only_if_new: bool) -> Claimed:
@@ -67,7 +100,9 @@ class Takeover:
         except GpumoveError as error:
             return Claimed(error=describe(error))
 
-    def load(self, candidates: Sequence[Checkpoint], *, strict: bool) -> tuple[Checkpoint, Contents]:
+    # ---------------------------------------------------------------- load
+
+    def load(self, candidates: Sequence[Checkpoint], *, strict: bool, lazy: bool) -> Checkpoint:
         """Fill the live objects from the newest of these that is sound; damaged ones are named in a warning.
 
         Raises:
@@ -75,21 +110,22 @@ class Takeover:
             IntegrityError: every checkpoint is damaged.
         """
         damaged: list[int] = []
-        loaded: list[Contents] = []
+        loaded: list[tuple[Contents, Targets, list[Wanted]]] = []
 
         def attempt(checkpoint: Checkpoint) -> None:
             # In two goes: no rank touches its live objects before all have found that the checkpoint fits theirs.
             look, step = partial(self._compare, checkpoint, strict=strict, damaged=damaged), checkpoint.step
             found = self._peers.agree(f"the comparison with step {step}", look)
-            self._peers.agree(f"the end of reading step {step}", lambda: self._fill(*found))
-            loaded.append(found[0])
+            rest = self._peers.agree(f"the end of reading step {step}", lambda: self._fill(*found, lazy=lazy))
+            loaded.append((*found, rest))
 
         def say(checkpoint: Checkpoint, error: GpumoveError) -> None:
             damaged.append(checkpoint.number)
             _log.warning("step %d is damaged and is skipped: %s", checkpoint.step, error)
 
         found = try_newest(candidates, attempt, say=say)
-        return found, loaded[-1]
+        self._follow_on(*loaded[-1], checkpoint=found, lazy=lazy)
+        return found
 
     def _compare(self, checkpoint: Checkpoint, *, strict: bool, damaged: Sequence[int]) -> tuple[Contents, Targets]:
         if damaged and self._peers.rank == 0:
@@ -100,17 +136,82 @@ class Takeover:
         contents = read_contents(self._book.store, checkpoint, rank=rank, config=self._config, stream=stream)
         return contents, self._job.match(contents.saved, world_size=self._peers.world_size, strict=strict)
 
-    def _fill(self, contents: Contents, targets: Targets) -> None:
-        fill(self._book.store, contents, targets, config=self._config)
+    def _fill(self, contents: Contents, targets: Targets, *, lazy: bool) -> list[Wanted]:
+        """Read what is needed now; what is left."""
+        late = self._job.optimizer_state(contents.saved, targets) if lazy else {}
+        first, later = parted(wants(contents, targets), late)
+        self._fetch(first)
+        filled(targets)
         self._job.load(contents.saved, targets)
+        return later
 
-    def staged(self, planner: Planner, stage: Callable[[Capture], T]) -> tuple[Capture, T] | None:
+    def _fetch(self, wanted: Sequence[Wanted]) -> None:
+        held = None if self._warm is None else self._warm.get
+        fetch(self._book.store, wanted, config=self._config, held=held)
+
+    # ---------------------------------------------------------------- after it
+
+    def _follow_on(
+        self, contents: Contents, targets: Targets, later: list[Wanted], *, checkpoint: Checkpoint, lazy: bool
+    ) -> None:
+        """What was restored is what the next save is coded against: stage it now, while it is what is there."""
+        table = contents.predecessor()
+        self._runner.take_predecessor(table)
+        if later:
+            rest = Targets({want.name: targets.tensors[want.name] for want in later}, {})
+            work = partial(self._bring, beside(later, rest.tensors), rest)
+            self._await(Late(self._book.store, checkpoint, work))
+            return
+        self._cool_down()
+        if lazy or not self._config.delta or self._config.codec == "raw":
+            return
+        if (found := self._staged()) is not None:
+            capture, layout, snapshot = found
+            self._runner.follow_on(table, snapshot, layout, capture)
+            self.resumed = True
+
+    def _await(self, late: Late) -> None:
+        """From now on whoever uses an optimizer's state waits for it: its steps, snapshots, whoever looks at it."""
+        self._late, self._stager.awaited = late, late.wait
+        self._looks = [o.register_state_dict_pre_hook(lambda _: late.wait()) for o in self._job.optimizers()]
+
+    def _bring(self, later: Sequence[Wanted], targets: Targets) -> None:
+        self._fetch(later)
+        filled(targets)  # of these alone: a forward that has used the others may be waiting for its backward
+        self._cool_down()
+
+    def _cool_down(self) -> None:
+        if self._warm is not None:
+            self._warm.close()
+            self._warm = None
+
+    def _staged(self) -> tuple[Capture, Layout, Snapshot] | None:
         """A copy of what was restored, on all ranks, or nothing on any."""
         try:
             capture = self._peers.agree("the cut after the restore", self._job.capture)
-            planner.agree(capture)
-            return capture, self._peers.agree("the copy after the restore", lambda: stage(capture))
+            self._saver.planner.agree(capture)
+            return self._peers.agree("the copy after the restore", lambda: self._copy(capture))
         except GpumoveError as error:
             # If it lasts the first save says so; a job that only reads may go on.
             _log.debug("the first save will not be a difference: %s", error)
             return None
+
+    def _copy(self, capture: Capture) -> tuple[Capture, Layout, Snapshot]:
+        layout = self._saver.lay_out(capture)
+        return capture, layout, self._saver.stage(layout)
+
+    # ---------------------------------------------------------------- end
+
+    def end(self, *, wait: bool = False) -> None:
+        """What is still on its way is not wanted any more, or is waited for.
+
+        Raises:
+            GpumoveError: it failed, and nobody was told yet.
+        """
+        late, self._late = self._late, None
+        for look in self._looks:
+            look.remove()
+        self._looks = []
+        self._stager.awaited = lambda: None
+        if late is not None:
+            late.end(wait=wait)

@@ -67,11 +67,11 @@ def test_demo_notices_every_difference(tmp_path: Path) -> None:
 
 def test_demo_ignores_the_line_that_a_kill_has_cut(tmp_path: Path) -> None:
     found = Life("life", tmp_path / "record.jsonl")
-    line = json.dumps({"step": 7, "loss": (0.5).hex(), "samples": "aa"})
-    found.record.write_text(json.dumps({"resumed": 6}) + "\n" + line[:20])
+    line = json.dumps({"step": 7, "loss": (0.5).hex(), "samples": "aa", "at": 2.0})
+    found.record.write_text(json.dumps({"resumed": 6, "at": 1.0}) + "\n" + line[:20])
     found.follow()
     assert (found.resumed, found.losses) == (6, {})
-    found.record.write_text(json.dumps({"resumed": 6}) + "\n" + line + "\n")
+    found.record.write_text(json.dumps({"resumed": 6, "at": 1.0}) + "\n" + line + "\n")
     found.follow()
     assert found.losses == {7: (0.5).hex()}
 

@@ -17,7 +17,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 # The order of the list is the order of the layers: a module imports only from those above it.
 LAYERS = [
-    ["version", "errors", "config", "budget", "memory", "tracing", "environment", "prctl", "steptimes"],
+    ["version", "errors", "config", "budget", "memory", "tracing", "environment", "prctl", "cmdline", "steptimes"],
     [
         "format.native", "format.kernels", "format.arithmetic", "format.entropy", "format.lanes", "format.layouts",
         "format.planes", "format.predict", "format.differences", "format.codec", "format.dtypes", "format.rules",
@@ -39,21 +39,28 @@ LAYERS = [
         "state.loader",
     ],
     [
-        "ranges", "fetch", "save.chunks", "save.predecessor", "save.pace", "save.chain", "save.assemble",
+        "ranges", "fetch", "warm", "save.chunks", "save.predecessor", "save.pace", "save.chain", "save.assemble",
         "save.request", "save.units",
-        "save.writer", "commit", "restore", "inspection.survey", "inspection.run", "inspection.groups",
+        "save.writer", "commit", "restore", "inspection.survey", "inspection.condition", "inspection.run", "inspection.groups",
         "inspection.summary",
         "inspection.export_plan", "inspection.export", "inspection.doctor",
     ],
     [
+        "move.pace", "move.regions", "move.lending", "move.copier", "move.replica", "move.rounds", "move.plain", "move.replicate",
+        "move.phase", "move.cutover", "move.checks", "move.report", "move.entries", "move.precopy", "move.machine",
+        "move.moving",
+    ],
+    ["data.sums", "data.folder", "data.shard", "data.fetcher", "data.stage"],
+    [
         "cadence", "steplog", "handle", "losses", "health", "watchdog", "meeting", "staged", "retention", "runner",
-        "saver", "takeover", "from_env",
-        "leave.patience", "leave.board", "leave.deadline", "leave.messages", "leave.pulse", "leave.departure",
+        "saver", "lazy", "waiting", "takeover", "from_env",
+        "leave.deadline", "leave.countdown", "leave.board", "leave.messages", "leave.pulse", "leave.departure",
+        "leave.requests",
         "leave.council", "leave.leaving", "leave.way_out",
         "checkpointer", "reader",
     ],
     ["job.family", "job.inbox", "job.leash", "job.launch", "job.outcome", "job.progress", "job.supervise"],
-    ["cli_tables", "cli_run", "cli", "__main__"],
+    ["cli_options", "cli_tables", "cli_run", "cli_move", "cli_moving", "cli", "__main__"],
 ]  # fmt: skip
 RANK = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 
@@ -90,7 +97,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_modules_import_only_from_below(path: Path) -> None:
     name = _name(path)
-    if not name or name in {"format", "notices", "store", "state", "save", "inspection", "leave", "job"}:
+    if not name or name in {"data", "format", "notices", "store", "state", "save", "inspection", "leave", "job", "move"}:
         return
     assert name in RANK, f"{name} has no place in the layers: give it one"
     for target in _imports(ast.parse(path.read_text())):
@@ -122,7 +129,7 @@ def test_the_environment_is_read_and_people_are_spoken_to_in_one_place(path: Pat
 # A reason may exceed a size; it is written here, next to the figure.
 LONG_FILES = {
     "checkpointer": 395,  # one public object; its docstrings are a third of it
-    "store.objects": 370,  # seven verbs with their docstrings
+    "store.objects": 375,  # eight verbs with their docstrings
     "state.loader": 370,  # the loader and its order of samples
     "state.capture": 320,
     "state.layout": 305,

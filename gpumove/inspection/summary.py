@@ -12,6 +12,7 @@ from gpumove.config import Config
 from gpumove.format.dtypes import item_bytes
 from gpumove.format.manifest import Checkpoint, Manifest, Part, PartRef, TensorEntry
 from gpumove.format.pack import shape_bytes
+from gpumove.inspection.condition import explain
 from gpumove.inspection.groups import Group, tally
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
@@ -58,6 +59,8 @@ class Overview:
     broken: tuple[Broken, ...]
     """Log entries that cannot be read; what they said is lost."""
     resume: Resume
+    condition: str
+    """Where the run is moved, or was, in words; "" if it is not."""
 
 
 def overview(log: Log) -> Overview:
@@ -72,6 +75,7 @@ def overview(log: Log) -> Overview:
     return Overview(
         url=log.store.url, run=log.run, head=view.head, epoch=view.epoch, host=view.host, writer=view.writer,
         now=time.time(), checkpoints=rows, broken=view.broken, resume=_resume(view, rows),
+        condition=explain(view, log.store.url),
     )  # fmt: skip
 
 
@@ -178,6 +182,8 @@ class Detail:
     health: tuple[dict[str, Any], ...]
     """What was found to be wrong with the training, oldest first (docs/health.md)."""
     tensors: tuple[TensorRow, ...] | None
+    condition: str
+    """Of the run, as in :class:`Overview`."""
 
 
 def detail(log: Log, checkpoint: Checkpoint, *, config: Config, tensors: bool = False) -> Detail:
@@ -220,6 +226,7 @@ def detail(log: Log, checkpoint: Checkpoint, *, config: Config, tensors: bool = 
         trace=_trace(manifest),
         health=manifest.health,
         tensors=_tensor_rows(parts) if tensors else None,
+        condition=explain(log.view, log.store.url),
     )
 
 

@@ -13,7 +13,7 @@ from typing import IO
 from gpumove.errors import ConfigError
 from gpumove.from_env import RunFolder
 
-_OURS = ("GPUMOVE_URL", "GPUMOVE_RUN_DIR", "GPUMOVE_NOTICES", "GPUMOVE_GRACE_S")
+_OURS = ("GPUMOVE_URL", "GPUMOVE_RUN_DIR", "GPUMOVE_NOTICES", "GPUMOVE_GRACE_S", "GPUMOVE_WAIT")
 _TAIL_BYTES = 16_000
 _STDERR = 2
 
@@ -23,12 +23,12 @@ def settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _OURS[:2]}
 
 
-def environment(url: str, folder: RunFolder, *, grace_s: float) -> dict[str, str]:
+def environment(url: str, folder: RunFolder, *, grace_s: float, wait: bool = False) -> dict[str, str]:
     """What the workers are told. Signals stay on: if this process is killed, torchrun passes a SIGTERM on to them."""
     if "," in str(folder.request_file):
         raise ConfigError(f"{folder.path} must not hold a comma: set TMPDIR to another folder")
     notices = f"signals,file:{folder.request_file}"
-    told = dict(zip(_OURS, (url, str(folder.path), notices, str(grace_s))))
+    told = dict(zip(_OURS, (url, str(folder.path), notices, str(grace_s), str(int(wait)))))
     # From torch 2.12 on: where a scheduler signals torchrun too, the workers get the grace and not 30 seconds.
     return {"PET_SHUTDOWN_TIMEOUT": str(max(1, int(grace_s))), **os.environ, **told}
 

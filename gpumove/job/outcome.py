@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from gpumove.errors import ConfigError, FencedError, GpumoveError, IntegrityError, LayoutError
 from gpumove.from_env import Word
-from gpumove.notices.notice import Outcome
+from gpumove.notices.notice import MOVE, Outcome
 
-FINISHED, DURABLE, NOT_DURABLE = 0, 75, 76
+FINISHED, DURABLE, NOT_DURABLE, MOVED = 0, 75, 76, 77
+_MOVED = "moved: do not start it again here"
 _TORCHRUN_USAGE = 2
 _LINES = 30
 _AGENT = "failed (exitcode: "
@@ -48,10 +49,14 @@ def judge(status: int, words: Sequence[Word], *, asked: bool) -> Verdict:
     if left:
         # All ranks were told the same; should they differ, the worst is true.
         worst = min(left, key=lambda o: (o.finished or o.durable, o.step))
+        if not worst.finished and any(w.state == "left" and w.source == MOVE for w in words):
+            return Verdict(MOVED, f"{_MOVED} ({worst})", worst)
         return Verdict(_code(worst), str(worst), worst)
     if status == 0:
         return Verdict(FINISHED, "finished")
     first = first_to_fail(words)
+    if first is not None and first.code == "fenced.moved":
+        return Verdict(MOVED, f"{_MOVED} ({headline(first)})")
     if first is not None and first.exit_code in _FINAL:
         return Verdict(first.exit_code, headline(first))
     if not words and status == _TORCHRUN_USAGE:

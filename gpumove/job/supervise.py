@@ -21,7 +21,7 @@ from gpumove.from_env import RunFolder, Word
 from gpumove.job.family import Family
 from gpumove.job.inbox import Inbox
 from gpumove.job.launch import Torchrun, environment
-from gpumove.job.outcome import DURABLE, FINISHED, NOT_DURABLE, Verdict, crash_code, judge, quote
+from gpumove.job.outcome import DURABLE, FINISHED, MOVED, NOT_DURABLE, Verdict, crash_code, judge, quote
 from gpumove.job.progress import Look, Progress
 from gpumove.leave.deadline import margin_of
 from gpumove.notices.notice import Notice, Outcome
@@ -107,7 +107,7 @@ class Supervisor:
         self._job, self._folder, self._inbox = job, folder, inbox
         self._family = Family()
         self._progress = Progress(job.url, job.config, job.options)
-        self._env = environment(job.url, folder, grace_s=job.config.grace_s)
+        self._env = environment(job.url, folder, grace_s=job.config.grace_s, wait=job.config.wait)
         folder.put_options(dict(job.options))
         self._notice: Notice | None = None
         self._terminate_at = self._kill_at = self._deadline = inf
@@ -119,7 +119,7 @@ class Supervisor:
             before = self._progress.look()
             ended = self._attempt()
             verdict = judge(ended.status, ended.words, asked=self._notice is not None)
-            if verdict.exit_code not in (FINISHED, DURABLE, NOT_DURABLE):
+            if verdict.exit_code not in (FINISHED, DURABLE, NOT_DURABLE, MOVED):
                 _log.error("%s", quote(ended.status, ended.words, ended.tail))
             if verdict.exit_code is None:
                 verdict = self._after_a_crash(verdict, ended, before)

@@ -6,6 +6,7 @@ those waited for is gone, and the time. Who finds that a rank is gone calls a ro
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
@@ -47,7 +48,12 @@ class Council(Peers):
         self._pulses = Pulses(board)
         self._said = 0
 
-    def meet(self, where: str) -> None:
+    @property
+    def turn(self) -> int:
+        """A number that all members have in common, another one after everything that they ask."""
+        return self._said
+
+    def meet(self, where: str, *, most_s: float = math.inf) -> None:
         """Nothing: messages wait for those who are late."""
 
     def gather(self, message: bytes) -> list[bytes]:

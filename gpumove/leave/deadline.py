@@ -13,7 +13,16 @@ from typing import Literal
 import msgspec
 
 Kind = Literal["new", "after", "instead", "finish", "nothing"]
+WORDS: dict[Kind, str] = {
+    "new": "saving it",
+    "after": "finishing the save in flight first",
+    "instead": "giving up the save in flight for a new one",
+    "finish": "finishing the save in flight",
+    "nothing": "saving nothing",
+}
 _LAST = 5
+_TURN_S = 0.5
+"""To stop one save and begin another."""
 _HOPE = 1.5
 """Where nothing is given up for it, a save is tried that took this many times what is left: the machine is free now."""
 
@@ -33,7 +42,8 @@ class Situation(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do. ``after``: finish the save in flight, then decide again. ``instead``: give it up for a new one.
+    """What to do. ``after``: finish the save in flight, then decide again; at the latest when only ``reserve_s`` is
+    left, since a save that hangs must not take the time of another. ``instead``: give it up for a new one.
 
     ``hurried`` saves are whole, and coded only as far as that is quicker.
     """
@@ -42,6 +52,7 @@ class Plan:
     expected_s: float | None = None
     why: str = ""
     hurried: bool = False
+    reserve_s: float = 0.0
 
 
 def margin_of(left_s: float) -> float:
@@ -55,6 +66,11 @@ def expected(took: Iterable[float]) -> float | None:
     Now and then a chain of differences ends, and a save is larger than those before it.
     """
     return max(list(took)[-_LAST:], default=None)
+
+
+def remaining(new_s: float, age_s: float) -> float:
+    """What a save in flight is expected to need still: one that is overdue, as long as it is overdue."""
+    return max(new_s - age_s, 0.1 * new_s, age_s - new_s)
 
 
 def together(ranks: Iterable[Situation]) -> Situation:
@@ -83,13 +99,13 @@ def plan(left_s: float, now: Situation) -> Plan:
         return Plan("new", why="nothing was measured yet")
     why = f"a save takes {now.new_s:.1f} s, and {left_s:.1f} s are left"
     if now.flying and now.flight_s is not None:
-        if now.flight_s + now.new_s <= left_s:
-            return Plan("after", now.flight_s + now.new_s, why)
+        reserve_s = 1.1 * now.new_s + _TURN_S
+        if now.flight_s + reserve_s <= left_s:
+            return Plan("after", now.flight_s + now.new_s, why, reserve_s=reserve_s)
         if now.new_s <= left_s:
             return Plan("instead", now.new_s, why)
-        if now.flight_s <= left_s:
-            return Plan("finish", now.flight_s, why)
-        return Plan("nothing", None, f"{why}; that in flight takes {now.flight_s:.1f} s more")
+        # Whether or not it is expected to be done in time: there is nothing better to do.
+        return Plan("finish", now.flight_s, f"{why}; that in flight takes {now.flight_s:.1f} s more")
     if now.new_s <= left_s:
         return Plan("new", now.new_s, why)
     if now.codes or now.new_s <= _HOPE * left_s:

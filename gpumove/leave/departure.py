@@ -20,7 +20,7 @@ import msgspec
 
 from gpumove.errors import GpumoveError
 from gpumove.leave.board import Board
-from gpumove.leave.deadline import margin_of
+from gpumove.leave.countdown import LEAST_S, Countdown
 from gpumove.leave.pulse import BEAT_S, Beat, Pulses, meeting_place
 from gpumove.meeting import Told
 from gpumove.notices.notice import Notice, Outcome
@@ -29,18 +29,15 @@ from gpumove.state.peers import Peers
 _log = logging.getLogger("gpumove")
 _NOW, _NEVER = -(1 << 62), sys.maxsize
 _POLL_S = 0.2
-_LEAST_S = 2.0
-"""An agreement gets this long whatever the deadline: ranks that leave after different steps hang one another."""
-_SILENT_S = 3.0
-_PIECE_S = 0.5
 _TELL_S = 2.0
 """A board that has not taken a notice by then does not answer."""
 
 
-class Departure:
+class Departure(Countdown):
     """One per rank. ``limit`` and ``step`` are all that the training thread touches while there is no notice."""
 
     def __init__(self, *, grace_s: float, peer_s: float) -> None:
+        super().__init__()
         self.limit = _NEVER
         """Steps from here on go the slow way."""
         self.step = _NOW
@@ -57,7 +54,6 @@ class Departure:
         self._known: Told | None = None
         self._untold: Told | None = None
         self._untold_since = 0.0
-        self._ends, self._margin_s = float("inf"), 0.0
         self._target: int | None = None
         self._waiting = self._over = False
         self.busy = 0
@@ -76,26 +72,6 @@ class Departure:
         with self._changed:
             self._untold, self._untold_since = post, time.monotonic()
         self._wake.set()
-
-    def wait(self, join: Callable[[float], bool], *, margin: float = 1.0, most_s: float = float("inf")) -> bool:
-        """Wait by ``join(seconds)``, which tells whether it has come, until the margin or for ``most_s``: in pieces,
-        since a notice may come meanwhile, or a nearer deadline."""
-        until = time.monotonic() + most_s
-        while True:
-            left = min(self.left_s(margin=margin), until - time.monotonic())
-            if join(max(0.0, min(left, _PIECE_S))):
-                return True
-            if left <= _PIECE_S:
-                return False
-
-    def left_s(self, *, margin: float = 1.0) -> float:
-        """Seconds until the deadline less the margin, or part of it; not below 0, and infinity without a notice."""
-        return max(0.0, self._ends - margin * self._margin_s - time.monotonic())
-
-    @property
-    def silent_s(self) -> float:
-        """How long a rank may give no sign before it counts as gone."""
-        return max(1.0, min(_SILENT_S, self.left_s() / 3))
 
     # ---------------------------------------------------------------- training thread
 
@@ -130,7 +106,7 @@ class Departure:
             try:
                 while self._target is None:
                     waited = time.monotonic() - began
-                    left = min(max(self.left_s(), _LEAST_S - waited), self._peer_s - waited)
+                    left = min(max(self.left_s(), LEAST_S - waited), self._peer_s - waited)
                     if left <= 0:
                         break
                     self._changed.wait(min(left, 1.0))
@@ -173,7 +149,8 @@ class Departure:
             if self._over or (self._known is not None and post.until >= self._known.until):
                 return False
             left = max(0.0, post.until - time.time())
-            self._known, self._ends, self._margin_s = post, time.monotonic() + left, margin_of(left)
+            self._known = post
+            self.ends_in(left)
             self.notice = notice
             self._changed.notify_all()
         _log.warning("notice from %s%s: the job has to leave within %.0f s", notice.source,

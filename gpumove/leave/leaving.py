@@ -20,10 +20,11 @@ from gpumove.errors import ConfigError, StoreError, describe, rebuild
 from gpumove.handle import SaveHandle
 from gpumove.leave.board import Board
 from gpumove.leave.council import Council, Late, Regrouped
-from gpumove.leave.deadline import Plan, Situation, expected, plan, together
+from gpumove.leave.deadline import WORDS, Plan, Situation, expected, plan, remaining, together
 from gpumove.leave.departure import Departure
 from gpumove.leave.messages import Decision, Result, Standing, outcome
-from gpumove.notices.notice import Outcome
+from gpumove.leave.requests import Requests, answer
+from gpumove.notices.notice import MOVE, Outcome
 from gpumove.saver import Saver
 from gpumove.staged import Cut, Seat
 from gpumove.state.capture import Capture
@@ -39,9 +40,10 @@ _NOTE_S, _FAREWELL_S, _LOOK_S = 5.0, 2.0, 1.0
 class Leaving:
     """One rank's side."""
 
-    def __init__(self, departure: Departure, saver: Saver, log: Log, config: Config) -> None:
+    def __init__(self, departure: Departure, saver: Saver, log: Log, config: Config, *, requests: Requests) -> None:
         self._departure, self._saver, self._runner, self._book = departure, saver, saver.runner, log
-        self._config = config
+        self._config, self._requests = config, requests
+        self._stopped_at = 0.0
         saver.runner.leaving = lambda: departure.notice is not None
         self._step, self._newest = 0, 0
         self._members: Sequence[int] = ()
@@ -49,7 +51,7 @@ class Leaving:
     def leave(self, step: int) -> Outcome:
         """Leave after this step, where all ranks are, or as many as are left. What fails is told in the outcome."""
         board = self._departure.board
-        self._step = step
+        self._step, self._stopped_at = step, time.time()
         self.hurry()
         self._newest, self._members = max(0, self._runner.committed_step), self._departure.ranks
         if board is None or self._departure.left_s() <= 0:
@@ -68,7 +70,7 @@ class Leaving:
 
     def look_up(self, step: int, reason: str) -> Result:
         """What the log says, if it can be read in the time that is left."""
-        seconds = max(_LOOK_S, min(_NOTE_S, self._departure.left_s(margin=0.2)))
+        seconds = min(_NOTE_S, self._departure.left_s(margin=0.2)) or _LOOK_S
         try:
             view = in_thread(lambda ticket: Log(self._book.store).read(), seconds)
         except Exception as error:  # noqa: BLE001 - whatever it is: what is not known to be durable is not said to be
@@ -118,7 +120,7 @@ class Leaving:
             if decision.error is not None:
                 raise rebuild(decision.error)
             if council.rank == 0:
-                _log.warning("leaving after step %d: %s (%s)", self._step, _WORDS[kind], decision.plan.why)
+                _log.warning("leaving after step %d: %s (%s)", self._step, WORDS[kind], decision.plan.why)
             if kind == "nothing":
                 self._runner.abandon(self._saver.last)
                 return Result(decision.newest == self._step, decision.newest, decision.plan.why)
@@ -127,7 +129,7 @@ class Leaving:
                 return self._see_through(council, self._begin(council, capture, decision))
             if self._saver.last is None:
                 raise StoreError("there is no save in flight on this rank, and there is one on others")
-            result = self._see_through(council, self._saver.last)
+            result = self._see_through(council, self._saver.last, decision.plan.reserve_s)
             if kind == "finish":
                 return result if result.durable else msgspec.structs.replace(result, reason=decision.plan.why)
 
@@ -137,7 +139,7 @@ class Leaving:
         flying = last is not None and not last.finished
         flight_s = None
         if last is not None and flying and new_s is not None:
-            flight_s = max(new_s - (time.perf_counter() - last.began), 0.1 * new_s)
+            flight_s = remaining(new_s, time.perf_counter() - last.began)
         situation = Situation(new_s, flying, flight_s, self._config.codec == "small")
         serial = 0 if last is None else int(last.attempt.partition("-")[2])
         bound = isinstance(capture, Capture) and "loader" in capture.own
@@ -161,6 +163,10 @@ class Leaving:
         now = together(s.situation for s in ranks)
         if found is not None and found.step == self._step and found.epoch == self._book.epoch:
             return Decision(Plan("nothing", why="it is saved already"), newest=newest)
+        notice = self._departure.notice
+        if notice is not None and notice.source == MOVE and not self._requests.saves:
+            why = f"the move goes on from step {newest}, since to train again takes less than to send a save"
+            return Decision(Plan("nothing", why=why), newest=newest)
         if self._saver.last is not None and self._saver.last.step == self._step and now.flying:
             return Decision(Plan("finish", now.flight_s, "it is being saved already"), newest=newest)
         if not whole and any(s.bound for s in ranks):
@@ -183,7 +189,7 @@ class Leaving:
             planner = Planner(council, split_bytes=self._config.chunk_bytes)
             planner.agree(capture)
         layout = council.agree("the layout", lambda: planner.lay_out(capture, self._runner.mutable))
-        seat = Seat(council.rank, council.world_size, self._departure.left_s(), last=True)
+        seat = Seat(council.rank, council.world_size, self._departure.left_s())
         return self._saver.begin(self._step, decision.serial, Cut(capture, layout, planner.agreement()), seat)
 
     def _drop(self) -> None:
@@ -197,18 +203,21 @@ class Leaving:
         if not self._departure.wait(lambda s: self._runner.settle(last, abandon=True, timeout_s=s), margin=0.5):
             raise Late("the save in flight could not be stopped in time")
 
-    def _see_through(self, council: Council, handle: SaveHandle) -> Result:
-        """Wait for a save of all members, and for what the first one says of it."""
+    def _see_through(self, council: Council, handle: SaveHandle, reserve_s: float = 0.0) -> Result:
+        """Wait for a save of all members, and for what the first one says of it, until only the reserve is left."""
         self._departure.wait(handle.join_copy)  # here, since only this thread can say that it changes nothing
-        work = self._finish if council.rank == 0 else self._follow
-        result = council.in_time(lambda: work(council, handle))
+        key = f"{council.turn}/ended"
+        work = partial(self._finish, reserve_s=reserve_s) if council.rank == 0 else self._follow
+        result = council.in_time(lambda: work(council, handle, key))
         handle.mark_seen()  # the outcome says it
         return result
 
-    def _finish(self, council: Council, handle: SaveHandle) -> Result:
+    def _finish(self, council: Council, handle: SaveHandle, key: str, *, reserve_s: float) -> Result:
         late = set(range(1, council.world_size))
         for pause in _pauses():
             if handle.join(pause):
+                break
+            if 0 < self._departure.left_s() <= reserve_s:
                 break
             if self._departure.left_s() <= 0:
                 handle.cancelled.set()
@@ -217,17 +226,19 @@ class Leaving:
             late = {place for place in late if council.word(_part(handle, place)) is None}
             council.watch(late)
         result = self._found(handle)
-        council.tell(f"{handle.attempt}/ended", msgspec.msgpack.encode(result))
+        council.tell(key, msgspec.msgpack.encode(result))
         return result
 
     def _found(self, handle: SaveHandle) -> Result:
         if handle.committed:
             return Result(handle.step == self._step, handle.step)
-        if handle.finished and not handle.cancelled.is_set():
-            return Result(False, self._newest, str(handle.error))
-        return Result(False, self._newest, f"the save of step {handle.step} was not done in time")
+        late = f"the save of step {handle.step} was not done in time"
+        if not handle.finished and not handle.cancelled.is_set():
+            return Result(False, self._newest, late)
+        # The answer to what put it into the log may have been lost, or have come too late.
+        return self.look_up(self._step, late if handle.cancelled.is_set() else str(handle.error))
 
-    def _follow(self, council: Council, handle: SaveHandle) -> Result:
+    def _follow(self, council: Council, handle: SaveHandle, key: str) -> Result:
         told = False
         for pause in _pauses():
             if not told and handle.join(pause):
@@ -235,7 +246,7 @@ class Leaving:
                 told = True
             elif told:
                 time.sleep(pause)
-            if (found := council.word(f"{handle.attempt}/ended")) is not None:
+            if (found := council.word(key)) is not None:
                 return msgspec.msgpack.decode(found, type=Result)
             council.watch([0])
             if self._departure.left_s(margin=0.5) <= 0:
@@ -245,32 +256,31 @@ class Leaving:
     # ---------------------------------------------------------------- the end
 
     def _say(self, board: Board, result: Result) -> None:
-        """Note it in the log, and let nobody who holds the job's store leave before the others know."""
-        departure, told = self._departure, outcome(self._step, result)
-        if departure.rank == self._members[0] and departure.left_s(margin=0.2) > 0:
-            source = "" if departure.notice is None else departure.notice.source
-            self._runner.note(f"left after step {self._step} on a notice ({source}): {told}",
-                              min(_NOTE_S, departure.left_s(margin=0.2)))  # fmt: skip
+        """Put it down in the log, and let nobody who holds the job's store leave before the others know."""
+        departure = self._departure
+        if departure.rank == self._members[0]:
+            self.put_down(self._step, outcome(self._step, result), stopped_at=self._stopped_at)
         seconds = min(_FAREWELL_S, departure.left_s(margin=0.1))
         try:
             in_thread(lambda ticket: self._take_leave(board, time.monotonic() + seconds), seconds + 0.1)
         except Exception as error:  # noqa: BLE001 - a courtesy
             _log.debug("no farewell: %s", error)
 
+    def put_down(self, step: int, told: Outcome, *, stopped_at: float) -> None:
+        """Say in the log that the job has left, to a move that waits for it or to whoever looks."""
+        departure = self._departure
+        seconds = min(_NOTE_S, departure.left_s(margin=0.2))
+        if seconds <= 0 or answer(self._book, step, told, stopped_at=stopped_at, seconds=seconds):
+            return
+        source = "" if departure.notice is None else departure.notice.source
+        seconds = min(_NOTE_S, departure.left_s(margin=0.2))
+        self._runner.note(f"left after step {step} on a notice ({source}): {told}", seconds)
+
     def _take_leave(self, board: Board, until: float) -> None:
         board.put(f"bye/{self._departure.rank}", b"1")
         if self._departure.rank == 0:
             while time.monotonic() < until and any(board.get(f"bye/{rank}") is None for rank in self._members):
                 time.sleep(_POLL_S[1])
-
-
-_WORDS = {
-    "new": "saving it",
-    "after": "finishing the save in flight first",
-    "instead": "giving up the save in flight for a new one",
-    "finish": "finishing the save in flight",
-    "nothing": "saving nothing",
-}
 
 
 def _part(handle: SaveHandle, place: int) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+MOVE = "move"
+"""The source of a notice that a move gave: the run goes on in another store, and nobody takes the machine."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -35,7 +38,7 @@ class Notice:
 
     source: str
     """``aws``, ``aws-rebalance``, ``gcp``, ``gcp-maintenance``, ``azure``, ``sigterm``, ``sigusr1``, ``sigusr2``,
-    ``file``, ``url``, ``request``, ``health``, or a word that a file or a URL gave."""
+    ``file``, ``url``, ``request``, ``health``, ``move``, or a word that a file or a URL gave."""
     deadline: float | None
     """When the machine goes, in seconds since the epoch (``time.time()``); None if nobody said."""
     detail: str = ""

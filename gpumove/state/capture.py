@@ -183,6 +183,20 @@ class Job:
                         into[fqn] = torch.empty(meta.shape, dtype=dtype_of(meta.dtype), device="cpu")
         return targets
 
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers among the objects."""
+        return [member.optimizer for member in self.members if isinstance(member, OptimizerMember)]
+
+    def optimizer_state(self, saved: Saved, targets: Targets) -> Tensors:
+        """Of the targets, those that nobody but an optimizer uses, and only when it makes a step."""
+        found: Tensors = {}
+        for member in self.members:
+            if isinstance(member, OptimizerMember):
+                values = set(tensor_names(saved.values.get(member.name)))
+                names = (fqn for fqn in targets.tensors if fqn.startswith(f"{member.name}.") and fqn not in values)
+                found.update((fqn, targets.tensors[fqn]) for fqn in names)
+        return found
+
     def load(self, saved: Saved, targets: Targets) -> None:
         """Hand the values back, after all targets were filled; generators last."""
         found = {**targets.tensors, **targets.local}

@@ -57,6 +57,7 @@ class OptimizerMember:
         self._hyper: tuple[Live, list[str], Signature, Live] | None = None
         self._group_names: dict[int, tuple[list[Any], list[str]]] = {}
         self._filled: dict[int, tuple[str, ...]] = {}
+        self._made: Tensors = {}
 
     def live(self) -> Live:
         """State tensors by reference. An optimizer that has not stepped has none, and is not made to have any."""
@@ -137,7 +138,8 @@ class OptimizerMember:
     def targets(self, saved: Mapping[str, Meta]) -> Tensors:
         """Live state tensors where they fit, new ones like the parameter where the optimizer has none yet.
 
-        New ones are given to the optimizer in :meth:`load`, when they are filled and nothing has failed.
+        New ones are given to the optimizer in :meth:`load`, when they are filled and nothing has failed; until then
+        whoever asks again, for the next checkpoint, gets the same.
         """
         keys: dict[str, list[str]] = {}
         for fqn in saved:
@@ -151,13 +153,15 @@ class OptimizerMember:
                 self._filled[id(p)] = tuple(keys.get(where, ()))
                 for key in keys.get(where, ()):
                     found[f"{where}.{key}"] = self._target(p, key, saved[f"{where}.{key}"], group)
+        self._made = found
         return found
 
     def _target(self, p: torch.Tensor, key: str, meta: Meta, group: Mapping[str, Any]) -> torch.Tensor:
-        present = self.optimizer.state.get(p, {}).get(key)
         dtype = dtype_of(meta.dtype)
-        if isinstance(present, torch.Tensor) and (present.dtype, tuple(present.shape)) == (dtype, meta.shape):
-            return present
+        made = self._made.get(f"{self.name}.{self._name_of(p)}.{key}")
+        for present in (self.optimizer.state.get(p, {}).get(key), made):
+            if isinstance(present, torch.Tensor) and (present.dtype, tuple(present.shape)) == (dtype, meta.shape):
+                return present
         if tuple(p.shape) == meta.shape and meta.shape:
             return torch.empty_like(p.detach(), dtype=dtype)  # a DTensor where the parameter is one
         if isinstance(p, DTensor) and meta.shape:
@@ -171,6 +175,7 @@ class OptimizerMember:
 
     def load(self, values: Any, tensors: Tensors) -> None:
         """Hyper-parameters in place, and the state that is no plain tensor (LBFGS, say)."""
+        self._made = {}
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 where = f"{self.name}.{self._name_of(p)}"

@@ -6,6 +6,7 @@ NCCL would put checkpoint traffic into the GPU's queue. Every wait is bounded an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,8 +32,8 @@ class Peers:
             self.rank, self.world_size = process_rank(), dist.get_world_size()
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
 
-    def meet(self, where: str) -> None:
-        """Wait until all ranks are here.
+    def meet(self, where: str, *, most_s: float = math.inf) -> None:
+        """Wait until all ranks are here, for ``most_s`` if that is less than the timeout.
 
         Raises:
             StoreError: some are not, within the timeout; it names them (code ``store.peers``).
@@ -46,7 +47,8 @@ class Peers:
         if self._group is None:
             return
         try:
-            dist.monitored_barrier(self._group, timeout=self._timeout, wait_all_ranks=True)
+            limit = min(self._timeout, timedelta(seconds=min(most_s, 1e9)))
+            dist.monitored_barrier(self._group, timeout=limit, wait_all_ranks=True)
         except RuntimeError as error:
             raise StoreError(f"not all ranks reached {where}: {_first_line(error)}", code="store.peers") from error
 

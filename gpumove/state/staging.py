@@ -12,7 +12,7 @@ two, used in turn.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,6 +41,8 @@ class Stager:
             skip: whose unchanged tensors are looked for instead of copied: ``host``, ``all`` or ``off``.
         """
         self._overlap, self._skip = overlap, skip
+        self.awaited: Callable[[], None] = lambda: None
+        """Waits for what has to be there before an optimizer, or a snapshot, uses it."""
         self._serial = 0
         self._given_up = threading.Event()
         self._sides = (Side(), Side())
@@ -89,6 +91,7 @@ class Stager:
             self._given_up.clear()
 
     def _before_step(self, *_: Any) -> None:
+        self.awaited()
         if self._current is not None:
             self._current.fence()
 

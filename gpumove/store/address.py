@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from gpumove.errors import ConfigError
 
@@ -51,6 +52,12 @@ def parse(url: str) -> Address:
         root = os.path.abspath(os.path.expanduser(rest))
         return Address(family, f"file://{root}", url, root)
     if family == "generic":
+        if re.match(r"[^/?#@\[]*:(?!\d*(?:[/?#]|$))(?![^/?#@]*@)", rest):
+            # No port follows, and no "@" before the path: a character of a password has ended it too early.
+            raise ConfigError(
+                f"a {scheme}:// URL has a password where none can be: write /, ?, # and @ in a password as %2F, %3F, "
+                "%23 and %40, or pass it as a storage option"
+            )
         shown = re.sub(r"^[^/]*@", "", re.split(r"[?#]", rest)[0]).rstrip("/")
         return Address(family, f"{scheme}://{shown}", url, shown)
     return _bucket_address(family, scheme, rest, url)
@@ -64,7 +71,7 @@ def _bucket_address(family: str, scheme: str, rest: str, raw: str) -> Address:
     match = _AZURE_HOST.match(shown) if family == "azure" else None
     if match and ":" not in match["container"]:
         root = f"{match['container']}{match['rest'] or ''}"
-    elif "@" in shown.split("/")[0]:
+    elif "@" in shown.split("/")[0] or (family != "memory" and re.match(r"(?!arn:)[^/]*:", shown)):
         raise ConfigError(f"a {scheme}:// URL must not hold credentials; pass them as storage options")
     if not root and family != "memory":
         raise ConfigError(f"{scheme}:// names no bucket; write {scheme}://bucket/path")
@@ -102,7 +109,8 @@ class Scrubber:
         secrets = {s for s in found | parts if len(s) >= 6 and not s.startswith(("http://", "https://"))}
         authority = raw_url.partition("://")[2].partition("/")[0]
         if ":" in authority.rpartition("@")[0]:
-            secrets.add(authority.rpartition("@")[0].partition(":")[2])
+            password = authority.rpartition("@")[0].partition(":")[2]
+            secrets |= {password, unquote(password)}
         self._secrets = sorted(secrets - {""}, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:

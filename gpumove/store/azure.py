@@ -17,7 +17,7 @@ from gpumove.config import Config
 from gpumove.store import retry
 from gpumove.store.address import Address
 from gpumove.store.backends import Buffer, ObjectInfo, Ranges
-from gpumove.store.clouds import NO_CREDENTIALS, CloudBackend, Gather
+from gpumove.store.clouds import NO_CREDENTIALS, CloudBackend, Gather, hex_sum
 
 _AT_ONCE = 16
 # The package sends nothing but bytes, so each request's part is copied: small ones hold the interpreter some 3 ms, not
@@ -103,7 +103,8 @@ class AzureBackend(CloudBackend):
                     found = await blob.get_blob_properties(**self._timeouts)
             except ResourceNotFoundError:
                 return None
-            return ObjectInfo(key, found.size, found.last_modified.timestamp())
+            md5 = found.content_settings.content_md5
+            return ObjectInfo(key, found.size, found.last_modified.timestamp(), hex_sum("md5", md5 and bytes(md5)))
 
         return self._call(work, seconds)
 

@@ -28,6 +28,8 @@ class ObjectInfo(NamedTuple):
     nbytes: int
     mtime: float | None
     """Seconds since the epoch by the store's clock, or None if it does not tell."""
+    sum: str = ""
+    """What the store knows of the bytes, such as "crc32:00c0ffee". Asked of one object, never in a listing."""
 
 
 class Backend(abc.ABC):
@@ -64,6 +66,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def delete(self, keys: Sequence[str], seconds: float) -> None:
         """Delete at most ``batch`` objects; missing ones are fine."""
+
+    def regions(self, seconds: float) -> tuple[str, ...]:
+        """The regions that the data lies in, in lower case; none if the store does not tell."""
+        return ()
 
     def fault(self, error: Exception, verb: str) -> retry.Fault:
         """What a failure of ``verb`` means."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import base64
 import bisect
 import io
 import itertools
@@ -173,7 +174,7 @@ def judge_answer(status: int, code: str, *, text: str, verb: str) -> retry.Fault
     if code in _RACING:  # another create is under way: only a look at what lies there decides
         return retry.TAKEN if verb == "create" else retry.FLAKY
     if status == 404:  # writing and listing name no object that could be missing
-        return retry.NO_BUCKET if verb in ("put", "create", "list") else retry.ABSENT
+        return retry.NO_BUCKET if verb in ("put", "create", "list", "regions") else retry.ABSENT
     if status == 400 and any(word in text.lower() for word in ("crc32", "md5", "checksum", "digest")):
         return retry.DAMAGED
     if status == 429 or "reduce your request rate" in text.lower():
@@ -184,6 +185,13 @@ def judge_answer(status: int, code: str, *, text: str, verb: str) -> retry.Fault
     if status in by_status:
         return by_status[status]
     return retry.FLAKY if status >= 500 or status in (408, 425) else _REFUSED
+
+
+def hex_sum(kind: str, value: bytes | str | None) -> str:
+    """A checksum as ObjectInfo has it, from the base64 of clouds; "" if there is none, or not one of whole objects."""
+    if not value or (isinstance(value, str) and "-" in value):
+        return ""
+    return f"{kind}:{(base64.b64decode(value) if isinstance(value, str) else bytes(value)).hex()}"
 
 
 async def fill(read: Callable[[int], Awaitable[bytes]], view: memoryview) -> memoryview:

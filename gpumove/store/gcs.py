@@ -24,7 +24,7 @@ from gpumove.config import Config
 from gpumove.store import retry
 from gpumove.store.address import Address
 from gpumove.store.backends import Buffer, ObjectInfo, Ranges
-from gpumove.store.clouds import NO_CREDENTIALS, CloudBackend, RefusedError, fill, slices
+from gpumove.store.clouds import NO_CREDENTIALS, CloudBackend, RefusedError, fill, hex_sum, slices
 
 _BOUNDARY = "gpumove-7bd3a1c05e"
 _AT_ONCE = 16
@@ -149,7 +149,7 @@ class GcsBackend(CloudBackend):
         """One GET of the metadata."""
         try:
             _, text = self._call(
-                lambda fs: self._api(fs, "GET", self._object(key), fields="name,size,updated"), seconds
+                lambda fs: self._api(fs, "GET", self._object(key), fields="name,size,updated,crc32c"), seconds
             )
         except RefusedError as error:
             if self._is_missing(error):
@@ -177,7 +177,24 @@ class GcsBackend(CloudBackend):
     def _info(self, item: dict[str, Any]) -> ObjectInfo:
         updated = item.get("updated")
         mtime = datetime.fromisoformat(updated.replace("Z", "+00:00")).timestamp() if updated else None
-        return ObjectInfo(item["name"][len(self._prefix) :], int(item["size"]), mtime)
+        return ObjectInfo(
+            item["name"][len(self._prefix) :], int(item["size"]), mtime, hex_sum("crc32c", item.get("crc32c"))
+        )
+
+    def regions(self, seconds: float) -> tuple[str, ...]:
+        """One GET of the bucket: its region, or those that it is spread over. Not every role may ask."""
+        path = f"/storage/v1/b/{quote(self._bucket, safe='')}"
+        try:
+            _, text = self._call(
+                lambda fs: self._api(fs, "GET", path, fields="location,customPlacementConfig"), seconds
+            )
+        except RefusedError as error:
+            if error.status == 403:
+                return ()
+            raise
+        found = json.loads(text)
+        spread = found.get("customPlacementConfig", {}).get("dataLocations")
+        return tuple(place.lower() for place in spread or filter(None, [found.get("location")]))
 
     def delete(self, keys: Sequence[str], seconds: float) -> None:
         """One request per key, some at once."""

@@ -193,12 +193,13 @@ class Log:
                 code="fenced.unknown",
             )
         if self.epoch is not None and self.view.epoch > self.epoch:
-            what = f"{self.view.host or 'another writer'} has claimed epoch {self.view.epoch} since"
+            what, code = f"{self.view.host or 'another writer'} has claimed epoch {self.view.epoch} since", None
             if self.view.sealed:
-                what = f"the run was moved to {self.view.sealed} since"
+                what, code = f"the run was moved to {self.view.sealed} since", "fenced.moved"
             raise FencedError(
                 f"{self.store.url}: this process owned epoch {self.epoch}, and {what}: stop this process; the newest "
-                f"committed checkpoint is {_say(self.view.find())}"
+                f"committed checkpoint is {_say(self.view.find())}",
+                code=code,
             )
 
     def claim(

@@ -221,6 +221,10 @@ class Store:
         """Size and time of an object, or None; asked of the store, never of a listing."""
         return self._run("exists", key, 0, lambda backend, seconds: backend.info(key, seconds))
 
+    def regions(self) -> tuple[str, ...]:
+        """The regions that the data lies in, in lower case, as the store tells; none if it does not."""
+        return self._run("regions", "", 0, lambda backend, seconds: backend.regions(seconds))
+
     def list(self, prefix: str) -> list[ObjectInfo]:
         """All objects below ``prefix`` (a "directory"; "" is the root), sorted by key; [] if there are none."""
         start = prefix.strip("/") + "/" if prefix.strip("/") else ""
@@ -329,7 +333,7 @@ class Store:
 
     def _run(self, verb: str, key: str, nbytes: int, attempt: Callable[[Backend, float], T]) -> T:
         """One operation under the one retry policy; every failure leaves here as one of our errors."""
-        if verb != "list":
+        if verb not in ("list", "regions"):
             _check_key(key)
         live, config, extra_s = self._now(), self._config, nbytes / _MIB
         try:

@@ -10,6 +10,8 @@ from gpumove.format.codec import digest
 from gpumove.format.manifest import Checkpoint, Manifest, Part, PartRef, decode
 from gpumove.store.objects import Store
 
+_READS = 3
+
 
 def read_manifest(store: Store, checkpoint: Checkpoint) -> Manifest:
     """The manifest of a log entry.
@@ -17,7 +19,7 @@ def read_manifest(store: Store, checkpoint: Checkpoint) -> Manifest:
     Raises:
         IntegrityError: it is missing or is not what the log entry names.
     """
-    data = _verified(store, checkpoint.manifest_key, checkpoint.manifest)
+    data = read_verified(store, checkpoint.manifest_key, checkpoint.manifest)
     return decode(Manifest, data, key=checkpoint.manifest_key)
 
 
@@ -27,7 +29,7 @@ def read_part(store: Store, ref: PartRef) -> Part:
     Raises:
         IntegrityError: it is missing or is not what the manifest names.
     """
-    return decode(Part, _verified(store, ref.key, ref.digest), key=ref.key)
+    return decode(Part, read_verified(store, ref.key, ref.digest), key=ref.key)
 
 
 def read_parts(store: Store, refs: Sequence[PartRef], *, concurrency: int) -> list[Part]:
@@ -45,11 +47,18 @@ def reachable(store: Store, checkpoint: Checkpoint, *, concurrency: int = 8) -> 
     return needed
 
 
-def _verified(store: Store, key: str, expected: str) -> bytes:
-    try:
-        data = store.get(key)
-    except ObjectNotFoundError as error:
-        raise IntegrityError(f"{store.url}/{key} is missing, and a committed checkpoint needs it") from error
-    if (found := digest(data)) != expected:
-        raise IntegrityError(f"{store.url}/{key} is damaged: its bytes hash to {found}, and {expected} was recorded")
-    return data
+def read_verified(store: Store, key: str, expected: str) -> bytes:
+    """A small object as its digest names it. Not every store checks what it sends, so what differs is read again.
+
+    Raises:
+        IntegrityError: it is missing or damaged.
+    """
+    found = ""
+    for _ in range(_READS):
+        try:
+            data = store.get(key)
+        except ObjectNotFoundError as error:
+            raise IntegrityError(f"{store.url}/{key} is missing, and a committed checkpoint needs it") from error
+        if (found := digest(data)) == expected:
+            return data
+    raise IntegrityError(f"{store.url}/{key} is damaged: its bytes hash to {found}, and {expected} was recorded")

@@ -10,6 +10,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import s3fs
 from botocore.handlers import add_expect_header
@@ -18,7 +19,7 @@ from gpumove.config import Config
 from gpumove.store import retry
 from gpumove.store.address import Address
 from gpumove.store.backends import Buffer, ObjectInfo, Ranges
-from gpumove.store.clouds import NO_CREDENTIALS, SLICE, CloudBackend, Gather, RefusedError, fill
+from gpumove.store.clouds import NO_CREDENTIALS, SLICE, CloudBackend, Gather, RefusedError, fill, hex_sum
 
 _NAMES: dict[str, retry.Fault] = {
     "NoCredentialsError": NO_CREDENTIALS,
@@ -135,12 +136,29 @@ class S3Backend(CloudBackend):
     def info(self, key: str, seconds: float) -> ObjectInfo | None:
         """One HEAD."""
         try:
-            head = self._call(lambda fs: self._api(fs, "head_object", Key=self._key(key)), seconds)
+            head = self._call(
+                lambda fs: self._api(fs, "head_object", Key=self._key(key), ChecksumMode="ENABLED"), seconds
+            )
         except Exception as error:
             if self._is_missing(error):
                 return None
             raise
-        return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
+        crc = hex_sum("crc32", head.get("ChecksumCRC32"))
+        return ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp(), crc)
+
+    def regions(self, seconds: float) -> tuple[str, ...]:
+        """One HEAD of the bucket. us-east-1 is what most servers say that are not Amazon's, wherever they stand."""
+        try:
+            answer = self._call(lambda fs: self._api(fs, "head_bucket"), seconds)
+        except Exception as error:
+            link = error.__cause__ or error
+            if (self._answer(link) or (0,))[0] != 403:  # which names the region all the same
+                raise
+            answer = getattr(link, "response", {})
+        region = str(answer["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-bucket-region", "")).lower()
+        host = urlsplit(self._client.meta.endpoint_url).hostname or ""
+        theirs = host.endswith((".amazonaws.com", ".amazonaws.com.cn", ".amazonaws.eu"))
+        return (region,) if region and (theirs or region != "us-east-1") else ()
 
     def page(self, prefix: str, token: str | None, seconds: float) -> tuple[list[ObjectInfo], str | None]:
         """One page of up to 1,000 keys."""

@@ -247,7 +247,7 @@ def test_a_reader_that_leaves_is_no_error(run: Path) -> None:
 
 def options_of(*given: str) -> dict[str, Any]:
     args = cli.build_parser().parse_args(["ls", "URL", *(word for g in given for word in ("--option", g))])
-    return cli._storage_options(args)
+    return cli.storage_options(args)
 
 
 def test_storage_options() -> None:

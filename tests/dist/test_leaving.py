@@ -25,7 +25,7 @@ from tests.dist.jobs import SETTINGS, Job, equal_linear, make, url_of
 from tests.dist.models import differences
 from tests.dist.test_failures import on_put
 
-pytestmark = pytest.mark.slow  # real processes against real deadlines: minutes, on a busy machine more
+SLOW = pytest.mark.slow  # real processes against real deadlines: minutes in all, on a busy machine more
 
 NOTICES: dict[str, Any] = {**SETTINGS, "notices": "", "overlap": False}
 
@@ -104,7 +104,14 @@ def simple(rank: int, world_size: int, place: Place, url: str, tellers: dict[int
 
 
 @pytest.mark.parametrize(
-    ("world_size", "tellers"), [(1, {0: 3}), (2, {1: 3}), (3, {0: 5, 1: 5, 2: 5}), (4, {3: 0}), (8, {2: 4, 7: 5})]
+    ("world_size", "tellers"),
+    [
+        pytest.param(1, {0: 3}, marks=SLOW),
+        (2, {1: 3}),
+        pytest.param(3, {0: 5, 1: 5, 2: 5}, marks=SLOW),
+        pytest.param(4, {3: 0}, marks=SLOW),
+        pytest.param(8, {2: 4, 7: 5}, marks=SLOW),
+    ],
 )
 def test_all_ranks_leave_after_the_same_step_with_a_checkpoint(
     world_size: int, tellers: dict[int, int], agent: Attempts, tmp_path: Path
@@ -156,7 +163,14 @@ def edges(rank: int, place: Place, url: str, when: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "when", ["before restore", "before the first step", "evaluation", "a running save", "after the last step"]
+    "when",
+    [
+        "before restore",
+        "before the first step",
+        pytest.param("evaluation", marks=SLOW),
+        "a running save",
+        "after the last step",
+    ],
 )
 def test_a_notice_may_come_at_any_time(when: str, agent: Attempts, tmp_path: Path) -> None:
     url = url_of(tmp_path)
@@ -185,6 +199,7 @@ def uneven(rank: int, place: Place, url: str) -> int:
     raise AssertionError("not left")
 
 
+@SLOW
 def test_ranks_of_different_speed_leave_after_the_step_of_the_fastest(agent: Attempts, tmp_path: Path) -> None:
     found = run(uneven, 3, agent(), url_of(tmp_path), group=False)
     assert len(set(found)) == 1
@@ -243,7 +258,7 @@ def bad_store(rank: int, place: Place, url: str, how: str) -> dict[str, Any]:
         return {"left": left, "in time": took < seconds, **told(ckpt)}
 
 
-@pytest.mark.parametrize("how", ["dead", "slow"])
+@pytest.mark.parametrize("how", ["dead", pytest.param("slow", marks=SLOW)])
 def test_a_store_that_fails_in_the_grace_period_is_said_in_time(how: str, agent: Attempts, tmp_path: Path) -> None:
     for found in run(bad_store, 2, agent(), url_of(tmp_path), how, group=False):
         lost = found["left"] - 3
@@ -272,7 +287,7 @@ def too_short(rank: int, place: Place, url: str, deadline_s: float) -> dict[str,
         return {"left": left, "seconds": time.monotonic() - began, **told(ckpt)}
 
 
-@pytest.mark.parametrize("deadline_s", [-100.0, 0.0, 1.2, 2.2])
+@pytest.mark.parametrize("deadline_s", [*(pytest.param(s, marks=SLOW) for s in (-100.0, 0.0, 2.2)), 1.2])
 def test_what_cannot_be_finished_is_not_begun(deadline_s: float, agent: Attempts, tmp_path: Path) -> None:
     first, second = run(too_short, 2, agent(), url_of(tmp_path), deadline_s, group=False)
     assert first["left"] == second["left"]
@@ -303,6 +318,7 @@ def late(rank: int, place: Place, url: str) -> dict[str, Any]:
         return {"seconds": time.monotonic() - began, **told(ckpt)}
 
 
+@SLOW
 def test_a_rank_that_does_not_come_is_named_and_not_waited_for(agent: Attempts, tmp_path: Path) -> None:
     here, away = run(late, 2, agent(), url_of(tmp_path), group=False)
     assert here["seconds"] < 3.8
@@ -376,8 +392,13 @@ def look(rank: int, layout: str, world_size: int, place: Place, url: str) -> tup
     return step, found
 
 
-@pytest.mark.parametrize("when", ["before it answers", "first pack", "part"])
-@pytest.mark.parametrize(("layout", "world_size", "lost"), [("ddp2", 2, 1), ("ddp2", 2, 0), ("hsdp4", 4, 2)])
+@pytest.mark.parametrize(
+    "when", [pytest.param("before it answers", marks=SLOW), pytest.param("first pack", marks=SLOW), "part"]
+)
+@pytest.mark.parametrize(
+    ("layout", "world_size", "lost"),
+    [pytest.param("ddp2", 2, 1, marks=SLOW), ("ddp2", 2, 0), pytest.param("hsdp4", 4, 2, marks=SLOW)],
+)
 def test_replicas_complete_the_save_of_a_rank_that_is_gone(
     layout: str, world_size: int, lost: int, when: str, agent: Attempts, tmp_path: Path
 ) -> None:
@@ -396,6 +417,7 @@ def test_replicas_complete_the_save_of_a_rank_that_is_gone(
             assert not differences(before["own"], again[rank][1])
 
 
+@SLOW
 def test_a_committer_that_dies_after_all_parts_are_there_is_replaced(agent: Attempts, tmp_path: Path) -> None:
     url = url_of(tmp_path)
     lost, other = run(lose, 2, "ddp2", 2, agent(), url, 0, "manifest", group=False, lost=[0])
@@ -418,6 +440,7 @@ def mute(rank: int, place: Place, url: str) -> dict[str, Any]:
         return {"left": leave(job, ckpt), **told(ckpt)}
 
 
+@SLOW
 def test_a_rank_that_only_seems_to_be_gone_hears_what_the_others_achieved(agent: Attempts, tmp_path: Path) -> None:
     first, second = run(mute, 2, agent(), url_of(tmp_path), group=False)
     assert first["outcome"] == f"durable: step {first['left']}"
@@ -475,7 +498,7 @@ def test_a_signal_on_several_ranks_is_one_notice(agent: Attempts, tmp_path: Path
     assert {f["source"] for f in found} == {"sigterm"}
 
 
-@pytest.mark.parametrize("when", ["first pack", "part"])
+@pytest.mark.parametrize("when", [pytest.param("first pack", marks=SLOW), "part"])
 def test_without_replicas_the_newest_checkpoint_stands(when: str, agent: Attempts, tmp_path: Path) -> None:
     url = url_of(tmp_path)
     other, lost = run(lose, 2, "fsdp2", 2, agent(), url, 1, when, group=False, lost=[1])

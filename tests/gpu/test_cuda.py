@@ -93,6 +93,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+def test_optimizer_state_comes_beside_the_first_forward(tmp_path: Path) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    url = str(tmp_path / "run")
+    model, optimizer = job(width=2048)
+    with gpumove.Checkpointer(url, model=model, optimizer=optimizer, every_s=None) as ckpt:
+        ckpt.restore()
+        train(model, optimizer, 0, 3, ckpt)
+        ckpt.save(3).wait(300)
+        expected = train(model, optimizer, 3, 6)
+    fresh, restored = job(seed=99, width=2048)
+    with gpumove.Checkpointer(url, model=fresh, optimizer=restored, every_s=None) as ckpt:
+        assert ckpt.restore(lazy=True) == 3
+        assert train(fresh, restored, 3, 6) == expected
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters()))
+
+
 @pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}, {"capturable": True}], ids=str)
 def test_what_a_device_computed_is_predicted_on_the_host(settings: dict[str, bool], tmp_path: Path) -> None:
     """Kernels there may round differently: it costs a fraction of a bit, and no exactness."""

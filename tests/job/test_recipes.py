@@ -22,8 +22,6 @@ import yaml
 from tests.job.harness import ROOT, WORKER, Running
 from tests.servers.process import free_port
 
-pytestmark = pytest.mark.slow  # real processes against real deadlines: minutes, on a busy machine more
-
 EXAMPLES = ROOT / "examples"
 
 
@@ -75,6 +73,7 @@ def asked_of_scontrol(folder: Path) -> list[str]:
     return [line for line in (folder / "scontrol").read_text().splitlines() if not line.startswith("show")]
 
 
+@pytest.mark.slow
 def test_slurm_is_told_of_the_time_limit(tmp_path: Path, bin_folder: Path) -> None:
     check_shell((EXAMPLES / "slurm/train.sbatch").read_text())
     running = sbatch(tmp_path, bin_folder)
@@ -85,6 +84,7 @@ def test_slurm_is_told_of_the_time_limit(tmp_path: Path, bin_folder: Path) -> No
     assert asked_of_scontrol(tmp_path) == ["requeue 4711"]
 
 
+@pytest.mark.slow
 def test_slurm_preempts(tmp_path: Path, bin_folder: Path) -> None:
     running = sbatch(tmp_path, bin_folder, GRACE="4", way="ignores")
     running.started()
@@ -97,6 +97,7 @@ def test_slurm_preempts(tmp_path: Path, bin_folder: Path) -> None:
     assert asked_of_scontrol(tmp_path) == ["requeue 4711"]
 
 
+@pytest.mark.slow
 def test_a_finished_slurm_job_is_not_requeued(tmp_path: Path, bin_folder: Path) -> None:
     running = sbatch(tmp_path, bin_folder, way="finishes")
     assert running.end()[0] == 0
@@ -106,6 +107,7 @@ def test_a_finished_slurm_job_is_not_requeued(tmp_path: Path, bin_folder: Path) 
 # -------------------------------------------------------------------- Kubernetes
 
 
+@pytest.mark.slow
 def test_kubernetes_stops_the_pod(tmp_path: Path, bin_folder: Path) -> None:
     job = yaml.safe_load((EXAMPLES / "kubernetes/job.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
@@ -165,6 +167,7 @@ def scripts() -> dict[str, tuple[str, dict[str, str]]]:
     return {"sky": (sky["run"], nodes), "dstack": (command, {"DSTACK_GPUS_PER_NODE": "2"})}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sky", "dstack"])
 def test_a_notice_where_the_scheduler_gives_none(tmp_path: Path, bin_folder: Path, name: str) -> None:
     script, env = scripts()[name]
@@ -187,6 +190,7 @@ def test_skypilot_recovers_what_left() -> None:
 # -------------------------------------------------------------------- systemd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mixed", "control-group"])
 def test_systemd_stops_the_unit(tmp_path: Path, bin_folder: Path, mode: str) -> None:
     unit = configparser.ConfigParser(interpolation=None)
@@ -206,6 +210,7 @@ def test_systemd_stops_the_unit(tmp_path: Path, bin_folder: Path, mode: str) -> 
     assert running.end()[0] == 75
 
 
+@pytest.mark.slow
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     analyze = shutil.which("systemd-analyze")
     if analyze is None:

@@ -13,11 +13,10 @@ import pytest
 
 from tests.job.harness import GPUMOVE, Running
 
-pytestmark = pytest.mark.slow  # real processes against real deadlines: minutes, on a busy machine more
-
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_job_that_finishes(tmp_path: Path) -> None:
     running = Running(tmp_path, "finishes", "--json")
     code, out = running.end()
@@ -42,6 +41,7 @@ def test_a_signal_becomes_a_request_and_leaving_becomes_75(tmp_path: Path) -> No
     assert not running.notes("sigterm"), "the signal ends at the wrapper"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [USR1, INT, signal.SIGHUP])
 def test_other_signals_are_notices_too(tmp_path: Path, number: signal.Signals) -> None:
     running = Running(tmp_path, "leaves", nproc=1)
@@ -58,6 +58,7 @@ def test_what_was_not_durable_is_said(tmp_path: Path) -> None:
     assert running.end() == (76, "not durable: resumes from step 5, 3 steps lost\n")
 
 
+@pytest.mark.slow
 def test_a_job_that_finishes_after_a_notice_has_finished(tmp_path: Path) -> None:
     running = Running(tmp_path, "finishes-when-asked")
     running.started()
@@ -65,6 +66,7 @@ def test_a_job_that_finishes_after_a_notice_has_finished(tmp_path: Path) -> None
     assert running.end() == (0, "finished\n")
 
 
+@pytest.mark.slow
 def test_a_worker_that_left_well_has_left_whatever_torchrun_says(tmp_path: Path) -> None:
     running = Running(tmp_path, "leaves-badly", nproc=1)
     running.started()
@@ -86,6 +88,7 @@ def test_sigterm_thrice_in_a_row_is_one(tmp_path: Path) -> None:
     assert not running.notes("sigterm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [TERM, INT])
 def test_asked_again_with_emphasis_means_now(tmp_path: Path, again: signal.Signals) -> None:
     running = Running(tmp_path, "leaves", "--grace", "100", argument="90")
@@ -101,6 +104,7 @@ def test_asked_again_with_emphasis_means_now(tmp_path: Path, again: signal.Signa
     assert time.monotonic() - began < 6
 
 
+@pytest.mark.slow
 def test_a_worker_that_ignores_the_request_is_killed_within_the_deadline(tmp_path: Path) -> None:
     running = Running(tmp_path, "ignores", "--grace", "5")
     running.started()
@@ -116,6 +120,7 @@ def test_a_worker_that_ignores_the_request_is_killed_within_the_deadline(tmp_pat
     assert "5 processes did not end by themselves" in running.log
 
 
+@pytest.mark.slow
 def test_the_nearer_deadline_wins(tmp_path: Path) -> None:
     notice = tmp_path / "notice"
     running = Running(tmp_path, "ignores", "--grace", "100", "--notice", f"file:{notice}")
@@ -165,6 +170,7 @@ def test_a_crash_loop_ends_and_quotes_the_first_rank_that_failed(tmp_path: Path)
     assert len(running.notes("started")) == 4
 
 
+@pytest.mark.slow
 def test_a_script_that_never_got_to_gpumove_is_quoted_from_standard_error(tmp_path: Path) -> None:
     running = Running(tmp_path, "import-error", "--max-restarts", "0", nproc=1)
     code, out = running.end()
@@ -174,6 +180,7 @@ def test_a_script_that_never_got_to_gpumove_is_quoted_from_standard_error(tmp_pa
     assert "ModuleNotFoundError: No module named 'gpumove.nonsense'\n" in quoted
 
 
+@pytest.mark.slow
 def test_a_crash_that_does_not_come_again(tmp_path: Path) -> None:
     running = Running(tmp_path, "fails-once", "--json")
     code, out = running.end()
@@ -181,6 +188,7 @@ def test_a_crash_that_does_not_come_again(tmp_path: Path) -> None:
     assert json.loads(out)["restarts"] == 1
 
 
+@pytest.mark.slow
 def test_a_fenced_job_is_not_started_again(tmp_path: Path) -> None:
     running = Running(tmp_path, "fenced", nproc=1)
     code, out = running.end()
@@ -188,6 +196,7 @@ def test_a_fenced_job_is_not_started_again(tmp_path: Path) -> None:
     assert len(running.notes("started")) == 1
 
 
+@pytest.mark.slow
 def test_a_notice_between_two_attempts(tmp_path: Path) -> None:
     running = Running(tmp_path, "fails", "--max-restarts", "9")
     running.until(lambda: "starting again in" in running.log, "crash")
@@ -197,6 +206,7 @@ def test_a_notice_between_two_attempts(tmp_path: Path) -> None:
     assert out.startswith("not durable: resumes from step 0, 7 steps lost (it had crashed before the notice came: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [TERM, USR1])
 def test_a_signal_to_every_process_of_the_job_loses_nothing(tmp_path: Path, number: signal.Signals) -> None:
     """As systemd with KillMode=control-group and Slurm with some plugins do."""
@@ -207,6 +217,7 @@ def test_a_signal_to_every_process_of_the_job_loses_nothing(tmp_path: Path, numb
     assert running.end() == (75, "durable: step 8\n")
 
 
+@pytest.mark.slow
 def test_wrong_calls(tmp_path: Path) -> None:
     wrong = {
         "nothing to run": ["run", str(tmp_path)],

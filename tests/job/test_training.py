@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +15,9 @@ from pathlib import Path
 import pytest
 
 import gpumove
-from tests.job.harness import GPUMOVE, Running
+from tests.job.harness import GPUMOVE, ROOT, Running
 from tests.servers import Bucket
 from tests.servers.proxy import Proxy
-
-pytestmark = pytest.mark.slow  # real processes against real deadlines: minutes, on a busy machine more
 
 STEPS = 120
 TINY = ("--layers", "1", "--width", "32", "--context", "64", "--batch", "8", "--threads", "1", "--steps", str(STEPS),
@@ -80,17 +81,29 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     return losses(running.record)
 
 
-def test_two_notices(tmp_path: Path, reference: dict[int, str]) -> None:
-    rounds(tmp_path / "job", reference, 2, random.Random(5))
+def test_a_notice(tmp_path: Path, reference: dict[int, str]) -> None:
+    rounds(tmp_path / "job", reference, 1, random.Random(5))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_thirty_notices(tmp_path: Path, reference: dict[int, str]) -> None:
-    for number in range(10):
-        rounds(tmp_path / f"job-{number}", reference, 3, random.Random(number))
+@pytest.mark.parametrize("number", range(10))
+def test_thirty_notices(tmp_path: Path, reference: dict[int, str], number: int) -> None:
+    rounds(tmp_path / "job", reference, 3, random.Random(number))
 
 
+def test_the_example_ends_well_where_nothing_could_be_saved(tmp_path: Path) -> None:
+    notice, record = tmp_path / "notice", tmp_path / "losses"
+    command = [sys.executable, "-m", "examples.train_gpt", "--url", str(tmp_path / "run"), "--out", str(record), *TINY]
+    env = {**os.environ, "GPUMOVE_NOTICES": f"file:{notice}"}
+    with subprocess.Popen([*command, "--every-steps=5", "--steps=100000"], cwd=ROOT, env=env) as process:
+        while max(losses(record), default=0) < 8 and process.poll() is None:
+            time.sleep(0.02)
+        (tmp_path / "draft").write_text(json.dumps({"deadline": 1.0}))
+        (tmp_path / "draft").rename(notice)
+        assert process.wait(60) == 0
+
+
+@pytest.mark.slow
 def test_the_store_dies_in_the_grace_period(tmp_path: Path, s3_server: Bucket) -> None:
     name, often = f"dies-{time.time_ns()}", ("--every-steps", "20")
     with Proxy(s3_server.endpoint) as proxy:

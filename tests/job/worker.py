@@ -34,6 +34,11 @@ def until_asked() -> None:
     note("asked", RUN.request_file.read_text())
 
 
+def until_all_started() -> None:
+    while not all((FOLDER / f"started-{rank}-{GENERATION}").exists() for rank in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.02)
+
+
 def main() -> None:
     if WAY == "import-error":
         import gpumove.nonsense  # noqa: F401
@@ -66,6 +71,7 @@ def main() -> None:
                 time.sleep(1)
         case "fails":
             if str(RANK) == ARGUMENT:
+                until_all_started()
                 raise ValueError("the loss went up")
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             while True:
@@ -74,6 +80,7 @@ def main() -> None:
             raise FencedError("somebody else has the run")
         case "fails-once":
             if GENERATION == 0:
+                until_all_started()
                 raise ValueError("the first time")
             worker.finished(9)
         case "leaves-badly":  # durable, and then torchrun gets no good status

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumove.leave.deadline import Situation, expected, margin_of, plan, together
+from gpumove.leave.deadline import Situation, expected, margin_of, plan, remaining, together
 
 SECONDS = st.floats(0.01, 500)
 
@@ -20,9 +20,10 @@ SECONDS = st.floats(0.01, 500)
         (20.0, Situation(), "new"),
         (20.0, Situation(flying=True), "after"),
         (20.0, Situation(5.0, True, 4.0), "after"),
+        (9.5, Situation(5.0, True, 4.0), "instead"),  # to change one's mind later has to be possible
         (8.0, Situation(5.0, True, 4.0), "instead"),
         (4.5, Situation(5.0, True, 4.0), "finish"),
-        (3.0, Situation(5.0, True, 4.0), "nothing"),
+        (3.0, Situation(5.0, True, 4.0), "finish"),  # it runs: nothing is lost by waiting for it
         (0.0, Situation(), "nothing"),
         (0.0, Situation(0.1, True, 0.1), "nothing"),
     ],
@@ -45,8 +46,10 @@ def test_what_gives_up_a_surer_save_fits_by_itself(
     if chosen.kind == "instead":
         assert new_s is not None
         assert new_s <= left_s
-    if chosen.kind in ("after", "finish") and chosen.expected_s is not None:
+    if chosen.kind == "after" and chosen.expected_s is not None:
         assert chosen.expected_s <= left_s
+        later = Situation(new_s, True, flight_s)
+        assert plan(chosen.reserve_s, later).kind == "instead", "what is reserved is enough to decide again"
     assert chosen.why
     assert (chosen.kind in ("after", "finish", "instead")) <= flying
 
@@ -58,6 +61,12 @@ def test_more_time_never_makes_an_earlier_step_durable(
     worth = {"nothing": 0, "finish": 1, "instead": 2, "new": 2, "after": 2}
     now = Situation(new_s, True, rest_s)
     assert worth[plan(left_s + more_s, now).kind] >= worth[plan(left_s, now).kind]
+
+
+def test_a_save_that_is_overdue_is_not_believed() -> None:
+    assert remaining(10.0, 3.0) == 7.0
+    assert remaining(10.0, 9.9) == 1.0
+    assert remaining(10.0, 60.0) == 50.0
 
 
 def test_the_slowest_rank_decides_and_what_one_does_not_know_nobody_does() -> None:

@@ -26,6 +26,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _STATE = web.AppKey("state", State)
 _UPLOADS = web.AppKey("uploads", dict[str, "Upload"])
 _HASHES = (("crc32c", "crc32c"), ("md5", "md5Hash"))  # names in headers, names in resources
+_PLACES = ("location", "customPlacementConfig")
 _CHUNK = 256 * 1024  # every chunk of a resumable upload but the last is a multiple of this
 
 
@@ -53,9 +54,9 @@ def _resource(found: Object) -> web.Response:
 
 
 async def create_bucket(request: web.Request) -> web.Response:
-    name = (await request.json())["name"]
-    request.app[_STATE].create_bucket(name)
-    return web.json_response({"kind": "storage#bucket", "id": name, "name": name})
+    asked = await request.json()
+    request.app[_STATE].create_bucket(asked["name"], {k: v for k, v in asked.items() if k in _PLACES})
+    return web.json_response({"kind": "storage#bucket", "id": asked["name"], "name": asked["name"]})
 
 
 async def list_buckets(request: web.Request) -> web.Response:
@@ -66,7 +67,8 @@ async def list_buckets(request: web.Request) -> web.Response:
 async def get_bucket(request: web.Request) -> web.Response:
     name = request.match_info["bucket"]
     request.app[_STATE].bucket(name)
-    return web.json_response({"kind": "storage#bucket", "id": name, "name": name, "locationType": "region"})
+    place = {"location": "US", **request.app[_STATE].places.get(name, {})}
+    return web.json_response({"kind": "storage#bucket", "id": name, "name": name, "locationType": "region", **place})
 
 
 async def upload(request: web.Request) -> web.Response:

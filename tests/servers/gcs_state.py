@@ -86,6 +86,8 @@ class State:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
         self.buckets: dict[str, dict[str, Object]] = {}
+        self.places: dict[str, dict[str, Any]] = {}
+        """Where buckets were made, as their creators said."""
         self._last_generation = 0
         if directory is not None:
             (directory / "tmp").mkdir(parents=True, exist_ok=True)
@@ -101,12 +103,12 @@ class State:
             self._last_generation = max(self._last_generation, int(resource["generation"]))
             yield resource["name"], Object(resource, Blob(int(resource["size"]), path=path, skip=len(line)))
 
-    def create_bucket(self, name: str) -> None:
+    def create_bucket(self, name: str, place: dict[str, Any] | None = None) -> None:
         if name in self.buckets:
             raise ApiError(409, "Your previous request to create the named bucket succeeded.", "conflict")
         if self.directory is not None:
             (self.directory / "buckets" / name).mkdir()
-        self.buckets[name] = {}
+        self.buckets[name], self.places[name] = {}, place or {}
 
     def bucket(self, name: str) -> dict[str, Object]:
         if name not in self.buckets:

@@ -1,0 +1,88 @@
+"""The verb ``move``: its options, and how what happens is told. What it does is ``move/``'s business."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from gpumove.cli_options import parse_rate, seconds, storage_options, whole
+from gpumove.cli_tables import Screen, size
+from gpumove.errors import ConfigError
+from gpumove.move.moving import move
+from gpumove.move.report import Event, Report, Wishes
+
+Arguments = argparse.Namespace
+_STYLES = {"done": "bold green", "cancelled": "bold yellow", "forced": "bold red", "damaged": "bold red"}
+
+
+def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verb to the parser."""
+    found = verb("move", run_move, ends="--to")
+    way = found.add_mutually_exclusive_group()
+    way.add_argument("--resume", action="store_true", help="go on with the move that is under way, whoever began it")
+    way.add_argument("--rollback", action="store_true", help="give SRC the run back, with what DST has trained since")
+    found.add_argument("--max-blackout", metavar="S", help="do not stop the job for longer than this, such as 30s")
+    found.add_argument("--limit", metavar="RATE", help="no more than this, such as 200MB/s or 1Gbit/s")
+    found.add_argument("--in-flight", metavar="N", default="16", help="objects under way at once (16)")
+    found.add_argument("--to-region", metavar="REGION", help="where DST lies, for a store that does not tell")
+    found.add_argument("--leave-timeout", metavar="S", default="600", help="how long the job may take to leave (600)")
+    found.add_argument("--arrive-timeout", metavar="S", default="600", help="how long to wait for the job at DST (600)")
+    found.add_argument("--no-wait", action="store_true", help="do not wait for the job at DST")
+    found.add_argument("--every-step", action="store_true", help="ask for a save after every step before the end")
+    found.add_argument("--slow", metavar="S", help="and for so much longer steps meanwhile, such as 0.2s")
+    found.add_argument("--force", action="store_true", help="without an answer of the job, or of a store that is lost")
+
+
+def run_move(args: Arguments, screen: Screen) -> int:
+    """Move a run to another store while its job trains, and hand it over."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s gpumove move: %(message)s")
+    if args.slow is not None and not args.every_step:
+        raise ConfigError("--slow is for the steps that --every-step asks a save after")
+    wishes = Wishes(
+        max_blackout_s=None if args.max_blackout is None else seconds("--max-blackout", args.max_blackout),
+        leave_timeout_s=seconds("--leave-timeout", args.leave_timeout),
+        arrive_timeout_s=0.0 if args.no_wait else seconds("--arrive-timeout", args.arrive_timeout),
+        force=args.force, every_step=args.every_step,
+        slow_s=0.0 if args.slow is None else seconds("--slow", args.slow),
+    )  # fmt: skip
+    with screen.progress("copying") as progress:
+        done = move(
+            args.src, args.dst, wishes, resume=args.resume, rollback=args.rollback,
+            limit=None if args.limit is None else parse_rate("--limit", args.limit),
+            in_flight=whole("--in-flight", args.in_flight), to_region=args.to_region,
+            from_options=storage_options(args, "--from-option"), to_options=storage_options(args, "--to-option"),
+            tell=lambda event: _tell(screen, event), progress=progress,
+        )  # fmt: skip
+    screen.give(done, lambda s: show_move(s, done))
+    return 0
+
+
+def _tell(screen: Screen, event: Event) -> None:
+    """One line, as it happens: for programs one JSON document each."""
+    if screen.json:
+        screen.note(msgspec.json.encode(event).decode())
+    else:
+        screen.note(f"{_clock(event.at)}  {event.state:<9}  {event.text}")
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def show_move(screen: Screen, done: Report) -> None:
+    """The timeline, and what came of it."""
+    began = done.events[0].at if done.events else 0.0
+    rows = ((f"{e.at - began:.1f} s", (e.state, _STYLES.get(e.state, "")), e.text) for e in done.events)
+    screen.table(("after", "state", "what"), rows, right="r")
+    screen.line("")
+    title = "moved   " if done.phase == "done" else "now     "
+    screen.line((title, "bold"), f"{done.source} to {done.target}: {done.text}")
+    if done.rounds:
+        screen.line(("sent    ", "bold"), f"{size(done.sent_bytes)} in {len(done.rounds)} rounds")
+    if done.blackout_s is not None:
+        foretold = "" if done.forecast_s is None else f"; {done.forecast_s:.1f} s and the restore were foretold"
+        screen.line(("blackout ", "bold"), f"{done.blackout_s:.1f} s{foretold}")

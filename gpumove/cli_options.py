@@ -1,0 +1,94 @@
+"""What the options of several verbs mean: storage options, sizes, rates, numbers. Text in, values out."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+import msgspec
+
+from gpumove.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for suffix, base in (("B", 1000), ("IB", 1024), ("", 1000))
+}
+
+
+def storage_options(args: argparse.Namespace, option: str = "--option") -> dict[str, Any]:
+    """``--option key=value`` as a dict; dots nest. Values may be secrets, so that no message holds one."""
+    options: dict[str, Any] = {}
+    for number, text in enumerate(getattr(args, option.lstrip("-").replace("-", "_")), 1):
+        name, equals, value = text.partition("=")
+        words = name.split(".")
+        if not equals or not all(words):
+            raise ConfigError(f"the {option} number {number} is not of the form key=value")
+        into = options
+        for word in words[:-1]:
+            into = into.setdefault(word, {})
+            if not isinstance(into, dict):
+                raise ConfigError(f"the {option} number {number} goes below one that has a value")
+        into[words[-1]] = _value(value)
+    return options
+
+
+def _value(text: str) -> Any:
+    """JSON where it reads as JSON (true, 3, {...}, "3"), else the text itself."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+
+
+def parse_size(option: str, text: str) -> int:
+    """A size such as ``5GB`` (powers of 1000) or ``512MiB`` (powers of 1024), in bytes.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{option} takes a size such as 5GB or 512MiB, not {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_rate(option: str, text: str) -> float:
+    """A rate such as ``200MB/s`` or ``1Gbit/s``, in bytes per second.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(.*?)(bit)?(?:/s)?", text.strip())
+    assert match is not None
+    try:
+        found = parse_size(option, match[1]) / (8 if match[2] else 1)
+    except ConfigError:
+        found = 0
+    if found <= 0:
+        raise ConfigError(f"{option} takes a rate such as 200MB/s or 1Gbit/s, not {text!r}")
+    return found
+
+
+def whole(option: str, text: str) -> int:
+    """A whole number.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not text.isdecimal():
+        raise ConfigError(f"{option} takes a whole number, not {text!r}")
+    return int(text)
+
+
+def seconds(option: str, text: str) -> float:
+    """A time such as ``30``, ``30s``, ``1.5min`` or ``2h``, in seconds.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)?", text.strip())
+    if not match:
+        raise ConfigError(f"{option} takes a time such as 30s, 1.5min or 2h, not {text!r}")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2] or "s"]

@@ -1,0 +1,1 @@
+"""Shards of a dataset on a local disk before training asks for them. What is in them it never knows."""

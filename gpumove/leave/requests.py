@@ -1,0 +1,217 @@
+"""What a move asks of the job, read from the run's log by rank 0 beside the training, and what the job answers there.
+
+A request becomes a notice like any other. It is of one epoch: a job that was started again since was asked by nobody.
+Nothing here waits for anybody, and a log that cannot be read costs the job nothing but the request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from gpumove.errors import FencedError, GpumoveError
+from gpumove.format.manifest import Move
+from gpumove.leave.departure import Departure
+from gpumove.notices.notice import MOVE, Notice, Outcome
+from gpumove.store.log import Log
+from gpumove.store.retry import in_thread
+from gpumove.store.view import View
+
+_log = logging.getLogger("gpumove")
+_POLL_S, _GLANCE_S = 2.0, 0.02
+"""Between two looks at the log, and at this rank's own step while the first one is waited for."""
+_FAREWELL_S = 2.0
+
+
+class Requests:
+    """Rank 0's. The others hear of a request over the board, as of any notice."""
+
+    def __init__(
+        self, book: Log, departure: Departure, *, patience_s: float, save_s: Callable[[], float | None]
+    ) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            book: the job's log.
+            departure: how all ranks leave.
+            patience_s: what a request leaves for a save: nobody takes the machine.
+            save_s: what a save is expected to take, if that is known.
+        """
+        self._book, self._departure = book, departure
+        self.patience_s, self.save_s = patience_s, save_s
+        self.saves = True
+        """Whether the move wants one."""
+        self.every_step = False
+        """Whether a move wants a save after every step, as far as that pays."""
+        self.slow_s = 0.0
+        """What it wants every step to take longer meanwhile."""
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Begin, now that the run is this job's. Again, for a restore in mid-run: in its new epoch."""
+        self.close()
+        self._ended = threading.Event()
+        watch = _Watch(self, self._book, self._departure, self._ended)
+        self._thread = threading.Thread(target=watch.run, name="gpumove-requests", daemon=True)
+        self._thread.start()
+
+    def wanted(self) -> bool:
+        """Whether a move wants a save after every step."""
+        return self.every_step
+
+    def slow_down(self) -> None:
+        """Rest as long as a move wants it; nothing, as a rule."""
+        if self.every_step and self.slow_s > 0:
+            self._ended.wait(self.slow_s)
+
+    def close(self) -> None:
+        """End. A store that hangs is left behind."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join(min(_FAREWELL_S, self._departure.left_s(margin=0.5)))
+
+
+class _Watch:
+    """One epoch's thread, with a view of the log of its own: the Checkpointer's has one user at a time."""
+
+    def __init__(self, wishes: Requests, book: Log, departure: Departure, ended: threading.Event) -> None:
+        self._wishes, self._departure, self._ended = wishes, departure, ended
+        self._log, self._epoch = Log(book.store), book.epoch
+        self._log.view = book.view
+        self._heard = 0
+        self._first: tuple[int, float] | None = None
+        self._failed = False
+
+    def run(self) -> None:
+        """Until the job ends, or is not the owner any more."""
+        while not self._ended.is_set() and self._look():
+            self._rest()
+        if self._arrives():
+            self._look()
+
+    def _rest(self) -> None:
+        """Until the next look, or this job's first step, if that is waited for."""
+        until = time.monotonic() + _POLL_S
+        while (left := until - time.monotonic()) > 0:
+            glance = self._first is None and self._due()
+            if self._ended.wait(min(left, _GLANCE_S) if glance else left) or (glance and self._arrives()):
+                return
+
+    def _look(self) -> bool:
+        """Read what is new, and answer; False if the run is somebody else's now."""
+        try:
+            self._log.follow()
+            self._hear(self._log.view)
+            if self._first is not None and self._due():
+                self._say_arrived(*self._first)
+            self._failed = False
+        except GpumoveError as error:
+            if not self._failed and not self._ended.is_set():
+                _log.warning("what a move asks of this job is not seen meanwhile: %s", error)
+            self._failed = True
+        return self._log.view.epoch == self._epoch
+
+    def _hear(self, view: View) -> None:
+        move = view.move
+        if move is None or move.number <= self._heard:
+            return
+        self._heard = move.number
+        if move.state == "begin" and "job" not in move.facts and not self._ended.is_set():
+            self._say_heard(move)
+        under_way = move.state in ("begin", "request")
+        self._wishes.every_step = under_way and bool(move.facts.get("every_step"))
+        self._wishes.slow_s = float(move.facts.get("slow_s", 0.0)) if under_way else 0.0
+        if standing(view, self._epoch) is not None and not self._ended.is_set():
+            self._wishes.saves = move.save
+            self._departure.request(Notice(MOVE, time.time() + self._wishes.patience_s, f"to {move.other}"))
+
+    def _say_heard(self, begun: Move) -> None:
+        """Tell the move that somebody is there, and what a save takes: it foretells the blackout."""
+
+        def check(view: View) -> None:
+            if view.move != begun:
+                raise FencedError(f"{self._log.store.url}: the move has gone on meanwhile")
+
+        save_s = self._wishes.save_s()
+        facts = {name: value for name, value in begun.facts.items() if name != "idle"}
+        facts["job"] = {} if save_s is None else {"save_s": round(save_s, 3)}
+        with contextlib.suppress(FencedError):
+            self._log.move("begin", move=begun.move, other=begun.other, facts=facts, text="heard", check=check)
+
+    # ---------------------------------------------------------------- at the other end
+
+    def _due(self) -> bool:
+        """Whether the run was handed over to this store, and nobody has trained here yet."""
+        move = self._log.view.move
+        return move is not None and move.state == "handover" and self._log.view.epoch == self._epoch
+
+    def _arrives(self) -> bool:
+        """Whether this job has done a step since."""
+        view = self._log.view
+        begun = next((c for c in view.checkpoints if c.number == view.resumed), view.find())
+        if self._first is None and self._due() and self._departure.step > (0 if begun is None else begun.step):
+            self._first = self._departure.step, time.time()
+        return self._first is not None and self._due()
+
+    def _say_arrived(self, step: int, at: float) -> None:
+        move = self._log.view.move
+        assert move is not None
+        facts: dict[str, float] = {"step": step, "at": at}
+        if move.facts.get("forced"):
+            facts["forced"] = True  # the source has still to be sealed
+        if (stopped := move.facts.get("stopped_at")) is not None:
+            facts["blackout_s"] = at - float(stopped)
+        self._log.move("done", move=move.move, other=move.other, facts=facts, check=self._still_ours)
+        _log.info("the run has moved here from %s", move.other)
+
+    def _still_ours(self, view: View) -> None:
+        if view.epoch != self._epoch:
+            raise FencedError(f"{self._log.store.url}: the run was claimed by {view.host or 'a move'} meanwhile")
+
+
+def standing(view: View, epoch: int | None) -> Move | None:
+    """The request that the job of this epoch is to follow."""
+    move = view.move
+    wanted = move is not None and move.state == "request" and move.epoch == epoch == view.epoch
+    return move if wanted else None
+
+
+def answer(book: Log, step: int, what: Outcome, *, stopped_at: float, seconds: float) -> bool:
+    """Tell a move that has asked for it that the job has left.
+
+    Args:
+        book: the job's log, as far as it was read.
+        step: the last one.
+        what: became of it.
+        stopped_at: when it was done, in seconds since the epoch.
+        seconds: that there are for it.
+
+    Returns:
+        Whether it is said: there may be no request, or no more, or the store may not answer.
+    """
+    log = Log(book.store)
+    log.view = book.view
+
+    def say(ticket: object) -> bool:
+        log.follow()
+        asked = standing(log.view, book.epoch)
+        if asked is None:
+            return False
+
+        def check(view: View) -> None:
+            if standing(view, book.epoch) is None:
+                raise FencedError(f"{log.store.url}: the request to leave was withdrawn")
+
+        facts = {"step": step, "durable": what.durable, "newest": what.step, "stopped_at": stopped_at}
+        log.move("left", move=asked.move, other=asked.other, facts=facts, text=str(what), check=check)
+        return True
+
+    try:
+        return in_thread(say, seconds)
+    except (GpumoveError, TimeoutError) as error:
+        _log.warning("a move could not be told that this job has left: %s", error)
+        return False

@@ -1,0 +1,114 @@
+"""When to stop the job, and whether to send its last state or to train it anew: arithmetic over what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gpumove.format.manifest import Checkpoint
+from gpumove.move.rounds import Forecast
+
+Step = Literal["round", "wait", "cut", "stop", "steps", "usual"]
+_TRIES = 3
+"""Commits that are waited for in the hope of a shorter blackout, once the copy is as current as it gets."""
+_RECENT = 5
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known after a round."""
+
+    forecast: Forecast
+    """With what is lacking now as one of its parts."""
+    left_bytes: int | None
+    """What the newest checkpoint needs and the target lacks; None if the target has that checkpoint."""
+    delta_bytes: float
+    """What a commit brings."""
+    rounds: int
+    steady: int = 0
+    """Rounds since the copy was first as current as it gets."""
+
+
+@dataclass(frozen=True)
+class Next:
+    """What to do, and why."""
+
+    step: Step
+    why: str
+
+    @property
+    def is_end(self) -> bool:
+        """Whether the copying beside the training is over."""
+        return self.step in ("cut", "stop")
+
+
+def is_steady(now: Standing) -> bool:
+    """Whether a further round only keeps up with what is committed meanwhile."""
+    return now.left_bytes is None or (now.rounds > 0 and now.left_bytes <= now.delta_bytes)
+
+
+def decide(now: Standing, max_blackout_s: float | None) -> Next:
+    """Another round, a wait for the next commit, the cutover, or the end of the attempt.
+
+    Args:
+        now: the move's standing.
+        max_blackout_s: what the user allows.
+    """
+    expected, limit = now.forecast.blackout_s, max_blackout_s
+    if not now.rounds and now.left_bytes is not None:
+        return Next("round", "nothing is there yet")
+    if limit is not None and expected is not None and expected <= limit:
+        return Next("cut", f"a blackout of {expected:.1f} s is expected, and {limit:g} s are allowed")
+    if not is_steady(now):
+        if now.forecast.converges:
+            return Next("round", now.forecast.why)
+        if limit is None:
+            return Next("cut", now.forecast.why)
+        return Next("stop", now.forecast.why)
+    if limit is None:
+        return Next("cut", f"the copy is as current as it gets; {now.forecast.why}")
+    if now.steady < _TRIES:
+        return Next("wait" if now.left_bytes is None else "round", "a later commit may be smaller")
+    return Next("stop", now.forecast.why)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether the job saves before it leaves, and why."""
+
+    save: bool
+    why: str
+    send_s: float | None = None
+    replay_s: float | None = None
+
+
+def step_s(commits: Sequence[Checkpoint]) -> float | None:
+    """Seconds per step, as the last commits of one start of the job tell."""
+    last = [c for c in commits if commits and c.epoch == commits[-1].epoch][-_RECENT:]
+    steps = last[-1].step - last[0].step if last else 0
+    return (last[-1].time - last[0].time) / steps if steps > 0 else None
+
+
+def ship_or_replay(
+    commits: Sequence[Checkpoint], *, now: float, rate_bytes_s: float | None, delta_bytes: float, save_s: float
+) -> Choice:
+    """Send what the job has trained since the target's newest checkpoint, or train it once more there.
+
+    Args:
+        commits: of the source, oldest first; the last one is, or will be, the target's.
+        now: seconds since the epoch.
+        rate_bytes_s: of the link.
+        delta_bytes: what the last save would bring.
+        save_s: what a save takes, from its step to its commit.
+    """
+    each = step_s(commits)
+    if each is None or not rate_bytes_s:
+        return Choice(True, "the last steps are sent, since nothing was measured that says otherwise")
+    # The newest commit came some time after its step; what was trained meanwhile is lost too, and one step until then.
+    steps = (now - commits[-1].time + save_s) / each + 1
+    send_s, replay_s = save_s + delta_bytes / rate_bytes_s, steps * each
+    facts = f"to send them takes {send_s:.1f} s, to train some {steps:.0f} steps once more {replay_s:.1f} s"
+    if replay_s < send_s:
+        return Choice(False, f"the last steps are not sent: {facts}", send_s, replay_s)
+    return Choice(True, f"the last steps are sent: {facts}", send_s, replay_s)

@@ -1,0 +1,157 @@
+"""The rounds before a cutover: what they have measured, what that leads to expect, and what comes next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gpumove.errors import ConfigError, StoreError
+from gpumove.format.manifest import Checkpoint
+from gpumove.move.cutover import Choice, Next, Standing, decide, is_steady, ship_or_replay
+from gpumove.move.report import Wishes
+from gpumove.move.rounds import Forecast, Measured, Round, Rounds, measure
+
+_COMMIT_S = 600.0
+"""A commit is waited for at least so long."""
+_SINGLE_STEPS = 4
+"""Commits of single steps after which it is known whether the link keeps up with them."""
+
+
+class Precopy:
+    """One move's, from its begin to its request; begun anew by a mover that takes over."""
+
+    def __init__(self, rounds: Rounds, wishes: Wishes) -> None:
+        self._rounds, self._max_blackout_s = rounds, wishes.max_blackout_s
+        self._wants_steps, self._steps_since = wishes.every_step, -1
+        self._heard, self._hear_s = False, min(wishes.hear_timeout_s, wishes.leave_timeout_s)
+        self._until: float | None = None
+        self._steady = 0
+        self._save_s: float | None = None
+        self._handover_s: float | None = None
+        self._waiting_since: tuple[int, float] = (0, 0.0)
+        self._standing: Standing | None = None
+
+    def hear(self, facts: Mapping[str, Any], *, entry_s: float | None) -> None:
+        """What the begin entry has by now.
+
+        Args:
+            facts: the entry's; the job has put in what it has measured.
+            entry_s: what an entry takes.
+        """
+        self._heard = "job" in facts
+        self._save_s = facts.get("job", {}).get("save_s", self._save_s)
+        self._handover_s = None if entry_s is None else 3 * entry_s  # the seal, the handover, and the job's claim
+        if facts.get("every_step") and self._steps_since < 0:
+            self._wants_steps, self._steps_since = False, len(self._commits())
+
+    def next_step(self) -> Next:
+        """What to do now. ``steps`` and ``usual``: ask the job to save after every step, or no longer."""
+        newest, view = self._rounds.replica.look(), self._rounds.replica.source.view
+        left = None if newest is None else self._rounds.left_bytes()
+        done, delta_bytes = len(self._rounds.done), self._measured().delta_bytes or 0.0
+        self._standing = Standing(self._forecast(left or 0), left, delta_bytes, done, self._steady)
+        following = decide(self._standing, self._max_blackout_s)
+        more = Next("wait" if left is None else "round", "to see whether the link keeps up with single steps")
+        if following.is_end and not self._heard and self._hopes():
+            return Next("wait", "the job has not said a word yet")
+        if following.is_end and self._wants_steps:
+            self._wants_steps = False
+            return Next("steps", "the copy is as current as it gets")
+        if self._steps_since < 0:
+            return following
+        if len(self._commits()) - self._steps_since < _SINGLE_STEPS and not view.sealed:
+            return more
+        if not self._standing.forecast.converges:
+            return Next("usual", self._standing.forecast.why)
+        return following
+
+    def _hopes(self) -> bool:
+        """Whether the job may still say that it is there, and what a save takes."""
+        self._until = self._until or time.monotonic() + self._hear_s
+        return time.monotonic() < self._until
+
+    def usual(self) -> None:
+        """The job saves as usual again."""
+        self._steps_since = -1
+
+    def count(self) -> None:
+        """A round is over."""
+        standing = self._standing
+        self._steady += standing is not None and is_steady(standing)
+
+    def wait(self, seconds: float) -> None:
+        """Rest, since nothing is lacking.
+
+        Raises:
+            StoreError: the job has committed nothing for too long.
+        """
+        head = self._rounds.replica.source.view.head
+        if self._waiting_since[0] != head:
+            self._waiting_since = head, time.monotonic()
+        most_s = max(_COMMIT_S, 3 * (self._measured().every_s or 0.0))
+        if time.monotonic() - self._waiting_since[1] > most_s:
+            raise StoreError(
+                f"the source has committed nothing for {most_s:g} s, and a later commit was waited for: "
+                f"{self.expectation()}. The move stays begun: --resume it with a longer --max-blackout, or --rollback",
+                code="store.no_answer",
+            )
+        time.sleep(seconds)
+
+    # ---------------------------------------------------------------- what is known
+
+    def _commits(self) -> Sequence[Checkpoint]:
+        view = self._rounds.replica.source.view
+        return [c for c in view.checkpoints if c.number not in view.abandoned]
+
+    def _measured(self) -> Measured:
+        replica = self._rounds.replica
+        rate_bytes_s = replica.copier.rate.bytes_s
+        return measure(self._rounds.done, self._commits(), record_bytes=replica.record_bytes, rate_bytes_s=rate_bytes_s)
+
+    def _forecast(self, left_bytes: int) -> Forecast:
+        parts = {"leave": self._save_s, "handover": self._handover_s}
+        known = {name: seconds for name, seconds in parts.items() if seconds is not None}
+        if left_bytes and (rate := self._measured().rate_bytes_s):
+            known["behind"] = left_bytes / rate
+        return self._rounds.forecast(**known)
+
+    def choose(self, now: float) -> Choice:
+        """Whether the job is to save before it leaves."""
+        found = self._measured()
+        return ship_or_replay(
+            self._commits(), now=now, rate_bytes_s=found.rate_bytes_s, delta_bytes=found.delta_bytes or 0.0,
+            save_s=self._save_s or 0.0,
+        )  # fmt: skip
+
+    def expectation(self) -> str:
+        """The blackout to expect, in words."""
+        expected = self._standing.forecast if self._standing is not None else None
+        if expected is None or expected.blackout_s is None:
+            return "nothing is known of the blackout to expect"
+        parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in expected.parts.items())
+        unsure = "" if self._heard else "; no job has said a word so far"
+        return f"a blackout of {expected.blackout_s:.1f} s and the restore is to be expected ({parts}){unsure}"
+
+    def too_long(self, why: str) -> ConfigError:
+        """What to raise if no blackout is short enough."""
+        return ConfigError(
+            f"a blackout of at most {self._max_blackout_s:g} s cannot be had: {self.expectation()}; {why}. The job was "
+            "not stopped; allow more, or give it a faster link or fewer bytes per commit",
+            code="config.blackout",
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """The same for the log."""
+        expected = self._standing.forecast if self._standing is not None else None
+        if expected is None or expected.blackout_s is None:
+            return {}
+        parts = {name: round(seconds, 3) for name, seconds in expected.parts.items()}
+        return {"forecast_s": round(expected.blackout_s, 3), "forecast_parts": parts}
+
+
+def describe(done: Round) -> str:
+    """A round in one line."""
+    rate = f" ({done.nbytes / done.copy_s / 1e6:.1f} MB/s)" if done.copy_s > 0 else ""
+    sent = f"{done.nbytes / 1e6:.1f} MB in {done.objects} objects, {done.seconds:.1f} s{rate}"
+    return f"step {done.step}: {sent}" + (f"; {done.waiting} newer ones meanwhile" if done.waiting else "")

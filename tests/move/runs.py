@@ -1,0 +1,106 @@
+"""Small real runs to replicate, and what a copy of one must be."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gpumove
+from gpumove.config import Config
+from gpumove.format.codec import digest
+from gpumove.store.log import Log
+from gpumove.store.objects import Store
+from tests.jobs import TrainingJob, new_job
+
+SETTINGS: dict[str, Any] = {
+    "chunk_bytes": 4096, "pack_bytes": 8192, "budget_bytes": 1 << 20, "every_s": None, "retry_s": 20.0,
+    "keep_last": None,
+}  # fmt: skip
+CONFIG = Config(**SETTINGS)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lies or is to lie."""
+
+    url: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def open(self, config: Config = CONFIG) -> Iterator[Store]:
+        with contextlib.closing(Store.open(self.url, config, options=self.options)) as store:
+            yield store
+
+    @contextlib.contextmanager
+    def log(self) -> Iterator[Log]:
+        with self.open() as store:
+            log = Log(store)
+            log.open(create=False)
+            log.read()
+            yield log
+
+    def keys(self, prefix: str = "") -> dict[str, int]:
+        with self.open() as store:
+            return {info.key: info.nbytes for info in store.list(prefix)}
+
+    def steps(self) -> list[int]:
+        with self.log() as log:
+            return [c.step for c in log.view.checkpoints]
+
+
+def memory() -> Place:
+    return Place(f"memory://{uuid.uuid4().hex}")
+
+
+def train(
+    place: Place, until: int, *, each: Callable[[int, TrainingJob], None] = lambda step, job: None, **settings: Any
+) -> dict[int, str]:
+    """Resume or begin, save every step; what the weights were after each."""
+    job, seen = new_job(), {}
+    given = {**SETTINGS, **settings}
+    with gpumove.Checkpointer(place.url, **job.parts(), storage_options=place.options, **given) as ckpt:
+        step = ckpt.restore()
+        while step < until:
+            job.train(step, step + 1, ckpt)
+            step += 1
+            ckpt.save(step).wait(60)
+            seen[step] = weights(job)
+            each(step, job)
+    return seen
+
+
+def weights(job: TrainingJob) -> str:
+    """A digest of the model and of the optimizer's state."""
+    tensors = [*job.model.state_dict().values()]
+    for entries in job.optimizer.state_dict()["state"].values():
+        tensors += [entries[name] for name in sorted(entries)]
+    return digest(b"".join(t.detach().contiguous().cpu().numpy().tobytes() for t in tensors))
+
+
+def read(place: Place, step: int | None = None) -> tuple[int, str]:
+    """A checkpoint, read without owning the run: its step and its weights."""
+    job = new_job(seed=99)
+    job.train(0, 1)  # the optimizer has its state then
+    found = gpumove.load(
+        place.url, step, model=job.model, optimizer=job.optimizer, config=CONFIG, storage_options=place.options
+    )
+    return found, weights(job)
+
+
+def check(place: Place, truth: Mapping[int, str], steps: list[int]) -> None:
+    """The copy has these checkpoints, whole, and each is what was trained."""
+    assert place.steps() == steps
+    found = gpumove.verify(place.url, deep=True, storage_options=place.options, config=CONFIG)
+    assert found.sound, found.damage
+    for step in steps:
+        assert read(place, step) == (step, truth[step])
+
+
+def replicate(source: Place, target: Place, **more: Any) -> Any:
+    return gpumove.replicate(
+        source.url, target.url, from_options=source.options, to_options=target.options,
+        **{"config": CONFIG, "in_flight": 4, **more},
+    )  # fmt: skip

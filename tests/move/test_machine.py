@@ -1,0 +1,363 @@
+"""The move as a state machine: every state from every crash, both ways out, and never two logs that may be claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gpumove.errors import ConfigError, FencedError, StoreError
+from gpumove.move.entries import OvertakenError
+from gpumove.move.report import Event, Wishes
+from gpumove.store.log import Log
+from gpumove.store.objects import Store
+from tests.move.runs import CONFIG, Place, read, train
+from tests.move.stage import TRAINED, WISHES, Stage, tape
+from tests.store.faults import Crash, FaultyStore, Mode
+
+
+def _wishes(**given: Any) -> Wishes:
+    return replace(WISHES, **given)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Place:
+    return tape()
+
+
+@pytest.fixture
+def stage(recorded: Place) -> Iterator[Stage]:
+    made = Stage(recorded)
+    yield made
+    made.close()
+
+
+def states(stage: Stage) -> list[str]:
+    return [event.state for event in stage.events if event.state != "round"]
+
+
+def test_a_move_from_its_begin_to_its_end(stage: Stage) -> None:
+    done = stage.move()
+    assert states(stage) == ["begin", "request", "sealed", "handover", "done"]
+    assert stage.steps(stage.target) == [2, 3]
+    assert stage.claimable() == (False, True)
+    assert (done.phase, done.step, done.blackout_s) == ("done", 3, 1.5)
+    assert done.sent_bytes > 0
+    assert read(stage.target)[0] == 3
+    here, there = stage.look(stage.source), stage.look(stage.target)
+    assert here.move is not None
+    assert there.move is not None
+    assert here.move.state == there.move.state == "done"
+    assert here.move.move == there.move.move == done.move
+    assert (here.sealed, there.follows) == (stage.target.url, "")
+    with pytest.raises(FencedError) as caught:
+        stage.commit()
+    assert caught.value.code == "fenced.moved"
+    with pytest.raises(ConfigError, match="has moved"):
+        stage.move()
+
+
+def test_the_facts_travel_from_entry_to_entry(stage: Stage) -> None:
+    stage.move()
+    told = {event.state: event.facts for event in stage.events}
+    assert told["sealed"]["step"] == told["handover"]["step"] == 3
+    assert told["sealed"]["stopped_at"] == told["handover"]["stopped_at"] == 1000.0
+    assert told["sealed"]["last_bytes"] > 0
+    assert [r["step"] for r in told["request"]["rounds"]] == [2]
+    assert told["done"]["blackout_s"] == 1.5
+
+
+def crashes(recorded: Place, mode: Mode, stride: int, wishes: Wishes = WISHES) -> Iterator[tuple[Stage, str]]:
+    """The mover dies at its k-th call, at either end, for every k; then the jobs do what they have read."""
+    at = 1
+    while True:
+        stage = Stage(recorded)
+        calls = [0, 0]
+        for end in (0, 1):
+            stage = Stage(recorded)
+            raw = [Store.open(place.url, CONFIG) for place in (stage.source, stage.target)]
+            faulty = [FaultyStore(store, at=at * (end == number), mode=mode) for number, store in enumerate(raw)]
+            try:
+                stage.mover(*faulty, wishes).run()  # type: ignore[arg-type]
+            except Crash:
+                pass
+            assert sum(stage.claimable()) <= 1, f"two owners after call {at} of end {end}: {faulty[end].trail[-1]}"
+            calls[end] = faulty[end].calls
+            stage.react()
+            yield stage, f"{mode}, end {end}, call {at}: {faulty[end].trail[at - 1 : at]}"
+            for store in raw:
+                store.close()
+            stage.close()
+        if at > max(calls):
+            assert at > 30, "a move makes more calls than that"
+            return
+        at += stride
+
+
+def under_way(stage: Stage) -> bool:
+    move = stage.look(stage.source).move
+    return move is not None
+
+
+@pytest.mark.parametrize(("mode", "stride"), [("before", 3), ("after", 4), ("lost", 7)])
+def test_whenever_it_dies_it_is_resumed(recorded: Place, mode: Mode, stride: int) -> None:
+    for stage, when in crashes(recorded, mode, stride):
+        had = stage.steps(stage.source)
+        try:
+            done = stage.move(resume=under_way(stage))
+            assert done.phase == "done"
+            assert stage.claimable() == (False, True)
+            assert set(stage.steps(stage.target)) >= {had[-1]}
+            assert read(stage.target)[0] == stage.steps(stage.source)[-1]
+        except BaseException as error:
+            error.add_note(when)
+            raise
+
+
+@pytest.mark.parametrize(("mode", "stride"), [("before", 4), ("after", 3)])
+def test_whenever_it_dies_it_is_taken_back(recorded: Place, mode: Mode, stride: int) -> None:
+    for stage, when in crashes(recorded, mode, stride):
+        had = stage.steps(stage.source)
+        try:
+            if not under_way(stage):
+                with pytest.raises(ConfigError, match="nothing to take back"):
+                    stage.move(rollback=True)
+                continue
+            # After the handover the target's job has to leave in its turn: none of the stage's does.
+            stage.move(_wishes(leave_timeout_s=0.0, arrive_timeout_s=0.0, force=True), rollback=True)
+            assert stage.claimable() == (True, False)
+            assert stage.steps(stage.source)[-1] >= had[-1]
+            with stage.source.log() as log:
+                log.claim()
+        except BaseException as error:
+            error.add_note(when)
+            raise
+
+
+# -------------------------------------------------------------------- the ways back
+
+
+def test_taken_back_before_the_seal_the_job_goes_on(recorded: Place) -> None:
+    stage = Stage(recorded, deaf=True)
+    with pytest.raises(StoreError, match="did not leave") as caught:
+        stage.move(_wishes(leave_timeout_s=0.3))
+    assert caught.value.code == "store.no_answer"
+    assert states(stage) == ["begin", "request", "cancelled"]
+    stage.commit()
+    assert stage.claimable() == (True, False)
+    with pytest.raises(ConfigError, match="no move"):
+        stage.move(resume=True)
+
+
+def stop_at(stage: Stage, state: str) -> None:
+    """The mover is killed just after it has made this entry."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(event: Event) -> None:
+        if event.state == state:
+            raise Killed
+
+    stage.hook = kill
+    with pytest.raises(Killed):
+        stage.move()
+    stage.hook = lambda event: None
+
+
+def test_taken_back_between_the_seal_and_the_handover_nobody_else_can_hand_over(stage: Stage) -> None:
+    stop_at(stage, "sealed")
+    with stage.source.open() as here, stage.target.open() as there:
+        slow = stage.mover(here, there)  # another mover, which has seen the seal and is about to hand over
+        assert slow.look().name == "SEALED"
+        done = stage.move(rollback=True)
+        assert stage.claimable() == (True, False)
+        assert "withdrawn" in done.text
+        with pytest.raises(OvertakenError):
+            slow._hand_over()
+    assert stage.claimable() == (True, False)
+
+
+def test_a_withdrawal_that_was_cut_short_is_finished_by_whoever_comes(stage: Stage) -> None:
+    stop_at(stage, "sealed")
+    with stage.source.open() as here, stage.target.open() as there:
+        mover = stage.mover(here, there)
+        mover.look()
+        mover._entries.enter("cancelled", at=mover.target, text="withdrawn after the seal")
+    assert stage.claimable() == (False, False)
+    done = stage.move(resume=True)
+    assert done.text == "the run was handed back to the source"
+    assert stage.claimable() == (True, False)
+    stage.events.clear()
+    assert stage.move(WISHES).phase == "done"  # and it may move again, with nobody there to be asked
+    assert states(stage) == ["begin", "sealed", "handover", "done"]
+
+
+def test_taken_back_after_the_handover_before_a_claim(stage: Stage) -> None:
+    stop_at(stage, "handover")
+    done = stage.move(_wishes(arrive_timeout_s=0.0), rollback=True)
+    assert stage.claimable() == (True, False)
+    assert done.source == stage.target.url
+    assert [e.state for e in done.events] == ["begin", "sealed", "handover"]
+    with pytest.raises(FencedError, match="cannot be claimed"):
+        stage.arrive()
+
+
+def test_what_was_trained_at_the_target_comes_back_along(recorded: Place, stage: Stage) -> None:
+    stage.move()
+    truth = train(stage.target, 6)
+    stage.move(_wishes(leave_timeout_s=0.2, arrive_timeout_s=0.0, force=True), rollback=True)
+    assert stage.claimable() == (True, False)
+    assert read(stage.source) == (6, truth[6])
+    assert stage.steps(stage.source) == [1, 2, 3, 6]
+    train(stage.source, 7)
+    stage.left, stage.deaf = True, True
+    done = stage.move(_wishes(leave_timeout_s=0.2, force=True))  # and there again
+    assert done.phase == "done"
+    assert stage.claimable() == (False, True)
+    assert stage.steps(stage.target)[-1] == 7
+
+
+# -------------------------------------------------------------------- who comes between
+
+
+def test_a_job_that_is_started_again_is_asked_again(stage: Stage) -> None:
+    """A scheduler that requeues: the claim comes between what the mover has seen and its seal."""
+    claims = []
+
+    def requeue(event: Event) -> None:
+        if event.state == "round" and stage.left and not claims:
+            stage.job.epoch = None
+            claims.append(stage.job.claim())
+            stage.left = False
+            stage.commit()
+
+    stage.hook = requeue
+    stage.move()
+    assert claims
+    assert states(stage) == ["begin", "request", "request", "sealed", "handover", "done"]
+    assert stage.steps(stage.target)[-1] == TRAINED
+
+
+def test_a_commit_just_before_the_seal_is_not_lost(recorded: Place) -> None:
+    """A job that is only slow, while the user goes on without it."""
+    stage = Stage(recorded, deaf=True)
+    committed = []
+    with stage.source.open() as here, stage.target.open() as there:
+        mover = stage.mover(here, there, _wishes(leave_timeout_s=0.0, force=True))
+        genuine = mover.source.move
+
+        def late(state: str, **more: object) -> object:
+            if state == "sealed" and not committed:
+                committed.append(stage.commit().step)
+            return genuine(state, **more)  # type: ignore[arg-type]
+
+        mover.source.move = late  # type: ignore[method-assign,assignment]
+        mover.run()
+    assert committed == [3]
+    assert stage.steps(stage.target)[-1] == 3
+    with stage.zombie():
+        pass
+    stage.close()
+
+
+def test_of_two_movers_the_older_one_is_fenced(recorded: Place) -> None:
+    stage = Stage(recorded, deaf=True)
+    with stage.source.open() as here, stage.target.open() as there:
+        first = stage.mover(here, there)
+        first.look()
+        first._begin()
+        with pytest.raises(StoreError, match="did not leave"):
+            stage.move(_wishes(leave_timeout_s=0.2), resume=True)
+        with pytest.raises(FencedError):
+            first.run()
+        stage.deaf = False
+        assert stage.move().phase == "done"
+        assert stage.mover(here, there).run().phase == "done"
+    assert states(stage).count("handover") == states(stage).count("sealed") == 1
+    stage.close()
+
+
+@pytest.mark.parametrize("state", ["begin", "sealed"])
+def test_a_move_that_is_under_way_is_not_begun_again_by_mistake(stage: Stage, state: str) -> None:
+    stop_at(stage, state)
+    with pytest.raises(ConfigError, match="--resume") as caught:
+        stage.move()
+    assert caught.value.code == "config.moving"
+    assert stage.move(resume=True).phase == "done"
+
+
+def test_a_replica_is_not_moved_from(stage: Stage) -> None:
+    stop_at(stage, "begin")
+    stage.move(rollback=True)
+    stage.source, stage.target = stage.target, stage.source
+    with pytest.raises(ConfigError, match=r"back to|is a replica"):
+        stage.move()
+
+
+def test_nothing_is_begun_where_the_target_cannot_take_it(stage: Stage) -> None:
+    train(stage.target, 1)
+    with pytest.raises(ConfigError, match="another run") as caught:
+        stage.move()
+    assert caught.value.code == "config.other_run"
+    assert stage.look(stage.source).move is None
+
+
+# -------------------------------------------------------------------- an end that cannot be reached
+
+
+def unreachable(monkeypatch: pytest.MonkeyPatch, place: Place) -> None:
+    genuine = Store._run
+
+    def run(self: Store, verb: str, key: str, *more: object) -> object:
+        if self.url == place.url:
+            raise StoreError(f"{verb} {self.url}/{key} failed: no route to host", code="store.unavailable")
+        return genuine(self, verb, key, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Store, "_run", run)
+
+
+def test_a_source_that_is_lost_is_left_behind_only_by_force(recorded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(recorded, deaf=True)
+    stop_at(stage, "begin")
+    with stage.source.open() as here, stage.target.open() as there:
+        stage.mover(here, there).rounds.once()
+    with monkeypatch.context() as patch:
+        unreachable(patch, stage.source)
+        with pytest.raises(StoreError):
+            stage.move(resume=True)
+        assert stage.look(stage.target).refusal()
+        done = stage.move(_wishes(force=True), resume=True)
+        assert "NOT sealed" in done.text
+        assert "two histories" in done.text
+        assert stage.look(stage.target).refusal() == ""
+        handed = stage.look(stage.target).move
+        assert handed is not None
+    stage.commit()  # it can: it cannot know, and harms nobody
+    again = stage.move(resume=True)
+    assert again.phase == "done"
+    assert stage.claimable() == (False, True)
+    assert "steps [3]" in "".join(e.text for e in stage.events if e.state == "sealed")
+    with stage.zombie():
+        pass
+    assert stage.steps(stage.target) == [2]
+    stage.close()
+
+
+def test_a_target_that_is_lost_gives_the_run_back_only_by_force(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(stage, "sealed")
+    with monkeypatch.context() as patch:
+        unreachable(patch, stage.target)
+        with pytest.raises(StoreError):
+            stage.move(rollback=True)
+        assert stage.look(stage.source).refusal()
+        done = stage.move(_wishes(force=True), rollback=True)
+        assert "two histories" in done.text
+        assert stage.look(stage.source).refusal() == ""
+    with stage.source.open() as store:
+        log = Log(store)
+        log.open(create=False)
+        log.read()
+        log.claim()

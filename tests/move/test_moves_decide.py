@@ -1,0 +1,370 @@
+"""What a move decides by numbers, what logs say of it in words, and what a job makes of a request."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from gpumove.cli import main
+from gpumove.config import Config
+from gpumove.errors import ConfigError, FencedError
+from gpumove.format.manifest import FORMAT, Checkpoint
+from gpumove.from_env import Word
+from gpumove.inspection.condition import explain
+from gpumove.job.outcome import MOVED, judge
+from gpumove.leave.departure import Departure
+from gpumove.leave.requests import Requests, answer, standing
+from gpumove.move.cutover import Standing, decide, ship_or_replay, step_s
+from gpumove.move.rounds import Forecast
+from gpumove.notices.notice import MOVE, Outcome
+from gpumove.steplog import StepLog
+from gpumove.store.log import Log
+from gpumove.store.objects import Store
+from tests.move.runs import CONFIG, Place, memory
+from tests.move.stage import Stage, tape
+from tests.store.test_log import commit, new_log
+from tests.store.test_moves import THERE, again, say
+
+
+def expect(blackout_s: float | None, *, converges: bool = True) -> Forecast:
+    return Forecast(blackout_s, {}, converges, "why")
+
+
+@pytest.mark.parametrize(
+    ("left", "rounds", "steady", "blackout", "converges", "limit", "step"),
+    [
+        (900, 0, 0, None, False, None, "round"),  # nothing is there
+        (None, 0, 0, None, False, None, "cut"),  # all is there already
+        (900, 1, 0, 9.0, True, None, "round"),  # the link keeps up: go on until there is nothing but the last delta
+        (900, 1, 0, 9.0, False, None, "cut"),  # it does not
+        (100, 2, 0, 2.0, True, None, "cut"),
+        (900, 1, 0, 9.0, False, 5.0, "stop"),
+        (900, 1, 0, 9.0, True, 5.0, "round"),
+        (900, 1, 0, 4.0, True, 5.0, "cut"),  # short enough
+        (None, 3, 0, 9.0, True, 5.0, "wait"),
+        (90, 3, 1, 9.0, True, 5.0, "round"),
+        (None, 9, 3, 9.0, True, 5.0, "stop"),
+        (None, 1, 0, None, False, 5.0, "wait"),  # nothing was measured: never without knowing
+    ],
+)
+def test_when_to_stop_the_job(
+    left: int | None, rounds: int, steady: int, blackout: float | None, converges: bool, limit: float | None, step: str
+) -> None:
+    now = Standing(expect(blackout, converges=converges), left, 100.0, rounds, steady)
+    assert decide(now, limit).step == step
+
+
+def commits(*at: tuple[float, int], epoch: int = 1) -> list[Checkpoint]:
+    return [
+        Checkpoint(
+            format=FORMAT, number=n, epoch=epoch, writer="w", time=seconds, step=step, attempt=f"{epoch:08d}-{n:08d}",
+            manifest="0" * 32, manifest_bytes=1, world_size=1, state_bytes=1, new_bytes=1,
+        )
+        for n, (seconds, step) in enumerate(at, 1)
+    ]  # fmt: skip
+
+
+def test_seconds_per_step_are_those_of_one_start() -> None:
+    assert step_s(commits((100.0, 10), (110.0, 20), (130.0, 40))) == 1.0
+    assert step_s([*commits((0.0, 10)), *commits((1000.0, 20), (1010.0, 40), epoch=2)]) == 0.5
+    assert step_s(commits((0.0, 10))) is None
+    assert step_s([]) is None
+
+
+@pytest.mark.parametrize(("rate", "save"), [(10.0, False), (1000.0, True), (None, True)])
+def test_ship_or_replay(rate: float | None, save: bool) -> None:
+    """Some 11 steps of a second each against 1000 bytes."""
+    line = commits((90.0, 0), (100.0, 10))
+    choice = ship_or_replay(line, now=110.0, rate_bytes_s=rate, delta_bytes=1000.0, save_s=0.0)
+    assert choice.save is save
+    if rate is not None:
+        assert (choice.send_s, choice.replay_s) == (1000.0 / rate, 11.0)
+    late = ship_or_replay(line, now=110.0, rate_bytes_s=10.0, delta_bytes=1000.0, save_s=95.0)
+    assert late.replay_s == 106.0
+    assert late.save is False  # a save that takes long is one more reason not to
+
+
+def test_single_steps_are_saved_where_a_move_asks_and_as_long_as_they_are_in_time() -> None:
+    asked = [False]
+    log = StepLog(Config(every_steps=100), lambda: asked[0])
+    assert not log.watching
+    assert not log.wants()
+    asked[0] = True
+    for step in range(1, 9):
+        assert log.watching
+        assert log.wants()
+        log.came_out(step, 0.1, in_time=step % 3 == 0)
+    for step in range(9, 12):
+        log.came_out(step, 0.1, in_time=False)
+    assert not log.wants()
+    assert not log.watching
+    asked[0] = False
+    assert not log.wants()
+    asked[0] = True
+    assert log.wants()
+
+
+# -------------------------------------------------------------------- in words
+
+
+def test_every_condition_of_a_log_is_explained() -> None:
+    store = Store.open(memory().url, CONFIG)
+    owner = new_log(store)
+    owner.claim()
+    commit(owner, 1, 1)
+    url = store.url
+
+    def now() -> str:
+        return explain(again(store).view, url)
+
+    assert now() == ""
+    told = []
+    for state in ("begin", "request", "left"):
+        say(again(store), state)
+        told.append(now())
+        assert THERE in told[-1]
+        assert "--resume` or --rollback" in told[-1]
+    assert len(set(told)) == 3
+    say(again(store), "cancelled")
+    assert now() == ""
+    say(again(store), "sealed")
+    assert "nobody is known to train" in now()
+    say(again(store), "done")
+    assert now() == f"moved to {THERE}, where it trains: no job may write here"
+    say(again(store), "handover")
+    assert f"gpumove run {url}" in now()
+    job = again(store)
+    job.claim()
+    assert now() == ""
+    say(job, "done")
+    assert now() == f"the run was moved here from {THERE}"
+    again(store).claim(follows=THERE)
+    assert now().startswith(f"replica of {THERE}")
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Place:
+    return tape()
+
+
+@pytest.fixture
+def stage(recorded: Place) -> Iterator[Stage]:
+    made = Stage(recorded, deaf=True)
+    yield made
+    made.close()
+
+
+FORCED = ("--force", "--leave-timeout", "0", "--no-wait")
+
+
+def test_the_command_line(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    here, there = stage.source.url, stage.target.url
+    assert main(["move", here, "--to", there, "--resume"]) == 2
+    assert "no move" in capsys.readouterr().err
+    assert main(["move", here, "--to", there, *FORCED]) == 0
+    shown, told = capsys.readouterr()
+    assert "handover" in shown
+    assert "nobody has trained at the target yet" in shown
+    assert "sealed" in told
+    assert main(["ls", here]) == 0
+    assert f"moved to {there}" in capsys.readouterr().out
+    assert main(["show", there]) == 0
+    assert f"gpumove run {there}" in capsys.readouterr().out
+    assert main(["move", here, "--to", there]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["move", here, "--to", there, "--rollback", "--json", *FORCED]) == 0
+    text = capsys.readouterr().out
+    events = [json.loads(line) for line in text.splitlines() if line.startswith('{"at"')]
+    assert [e["state"] for e in events] == ["begin", "sealed", "handover"]
+    report = json.loads(text[text.index("{\n") :])
+    assert (report["source"], report["target"]) == (there, here)
+    assert stage.claimable() == (True, False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("--max-blackout", "soon"), ("--slow", "1s"), ("--leave-timeout", "-1"), ("--in-flight", "0"), ("--limit", "0")],
+)
+def test_wrong_options_are_refused_before_anything_is_done(
+    stage: Stage, wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["move", stage.source.url, "--to", stage.target.url, *wrong]) == 2
+    assert wrong[0] in capsys.readouterr().err
+    assert stage.look(stage.source).move is None
+
+
+def test_a_target_in_a_region_that_is_not_allowed_is_refused(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPUMOVE_ALLOWED_REGIONS", "eu-*")
+    go = ["move", stage.source.url, "--to", stage.target.url, *FORCED]
+    for more in ((), ("--to-region", "us-east-1")):
+        assert main([*go, *more]) == 2
+        assert "eu-*" in capsys.readouterr().err
+        assert stage.look(stage.source).move is None
+    assert main([*go, "--to-region", "eu-central-1"]) == 0
+
+
+# -------------------------------------------------------------------- the job's side
+
+
+def until(what: Any, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+class Rank0:
+    """A job's log and departure, with the thread that watches the log."""
+
+    def __init__(self, store: Store, save_s: float | None = 1.5) -> None:
+        self.log = again(store) if store.exists("format.json") else new_log(store)
+        self.log.claim()
+        self.departure = Departure(grace_s=5.0, peer_s=60.0)
+        self.requests = Requests(self.log, self.departure, patience_s=60.0, save_s=lambda: save_s)
+        self.requests.open()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    monkeypatch.setattr("gpumove.leave.requests._POLL_S", 0.05)
+    opened = Store.open(memory().url, CONFIG)
+    yield opened
+    opened.close()
+
+
+def test_a_job_hears_answers_and_is_asked(store: Store) -> None:
+    job, tool = Rank0(store), again(store)
+    say(tool, "begin", facts={"idle": True})
+    until(lambda: again(store).view.move.facts == {"job": {"save_s": 1.5}})  # type: ignore[union-attr]
+    tool.follow()
+    say(tool, "begin", facts={"job": {}, "every_step": True, "slow_s": 0.1})
+    until(job.requests.wanted)
+    assert job.requests.slow_s == 0.1
+    assert job.departure.notice is None
+    say(tool, "request", save=False)
+    until(lambda: job.departure.notice is not None)
+    assert not job.requests.saves
+    assert not job.requests.wanted()
+    notice = job.departure.notice
+    assert notice is not None
+    assert (notice.source, notice.detail) == (MOVE, f"to {THERE}")
+    assert 50 < job.departure.left_s(margin=0.0) <= 60, "nobody takes the machine: the grace period does not count"
+    assert answer(job.log, 7, Outcome(True, 7, 0), stopped_at=3.0, seconds=5)
+    tool.follow()
+    left = tool.view.move
+    assert left is not None
+    assert (left.state, left.epoch) == ("left", 1)
+    assert left.facts == {"step": 7, "durable": True, "newest": 7, "stopped_at": 3.0}
+    assert not answer(job.log, 7, Outcome(True, 7, 0), stopped_at=3.0, seconds=5), "said once"
+    job.requests.close()
+
+
+def test_a_request_that_was_withdrawn_or_was_for_an_earlier_start_is_none(store: Store) -> None:
+    Rank0(store).requests.close()
+    tool = again(store)
+    say(tool, "request")
+    second = Rank0(store)
+    time.sleep(0.3)
+    assert second.departure.notice is None
+    tool.follow()
+    assert standing(tool.view, 2) is None
+    second.requests.close()
+    say(tool, "request")
+    say(tool, "cancelled")
+    assert not answer(second.log, 7, Outcome(True, 7, 0), stopped_at=3.0, seconds=5)
+    second.requests.open()
+    time.sleep(0.3)
+    assert second.departure.notice is None
+    second.requests.close()
+
+
+def test_the_first_step_after_a_handover_is_told_once(store: Store) -> None:
+    replicator = new_log(store)
+    replicator.claim(follows=THERE)
+    commit(replicator, 5, 1)
+    say(again(store), "handover", facts={"stopped_at": time.time() - 3, "forced": True})
+    job = Rank0(store)
+    job.departure.step = 5  # what restore() tells
+    time.sleep(0.3)
+    assert again(store).view.move.state == "handover"  # type: ignore[union-attr]
+    job.departure.step = 6
+    until(lambda: again(store).view.move.state == "done")  # type: ignore[union-attr]
+    facts = again(store).view.move.facts  # type: ignore[union-attr]
+    assert facts["step"] == 6
+    assert facts["forced"] is True
+    assert 3 < facts["blackout_s"] < 6
+    head = again(store).view.head
+    job.departure.step = 7
+    time.sleep(0.2)
+    job.requests.close()
+    assert again(store).view.head == head
+
+
+def test_a_job_that_ends_at_once_still_tells_that_it_has_arrived(store: Store) -> None:
+    replicator = new_log(store)
+    replicator.claim(follows=THERE)
+    commit(replicator, 5, 1)
+    say(again(store), "handover")
+    job = Rank0(store)
+    job.departure.step = 6
+    job.requests.close()
+    assert again(store).view.move.state == "done"  # type: ignore[union-attr]
+
+
+def test_a_store_that_fails_costs_only_the_request(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    job = Rank0(store)
+    store.close()
+    until(lambda: "is not seen meanwhile" in caplog.text)
+    assert job.departure.notice is None
+    job.requests.close()
+
+
+# -------------------------------------------------------------------- exit codes
+
+
+def word(state: str, source: str, *, durable: bool = True, code: str = "") -> Word:
+    outcome = Outcome(durable, 9, 0 if durable else 4) if state == "left" else None
+    error = "FencedError: it was moved" if code else None
+    return Word(pid=1, state=state, outcome=outcome, source=source, error=error, exit_code=40, code=code)  # type: ignore[arg-type]
+
+
+def test_a_job_that_was_moved_ends_with_77() -> None:
+    for durable, words in ((True, "durable: step 9"), (False, "not durable: resumes from step 9, 4 steps lost")):
+        verdict = judge(0, [word("left", MOVE, durable=durable)], asked=False)
+        assert (verdict.exit_code, verdict.text) == (MOVED, f"moved: do not start it again here ({words})")
+    fenced = judge(1, [word("failed", "", code="fenced.moved")], asked=False)
+    assert fenced.exit_code == MOVED == 77
+    assert judge(1, [word("failed", "", code="fenced")], asked=False).exit_code == FencedError.exit_code
+    assert judge(0, [word("left", "aws")], asked=True).exit_code == 75
+
+
+def test_words_tell_the_error_code() -> None:
+    said = msgspec.json.decode(msgspec.json.encode(word("failed", "", code="fenced.moved")), type=Word)
+    assert said.code == "fenced.moved"
+
+
+def test_a_checkpoint_is_needed(stage: Stage) -> None:
+    empty = memory()
+    with empty.open() as store:
+        new_log(store)
+    stage.source = empty
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        stage.move()
+
+
+def test_the_log_of_a_fenced_owner_tells_that_it_was_moved() -> None:
+    with memory().open() as store:
+        owner = new_log(store)
+        owner.claim()
+        say(Log(store) if not store.exists("format.json") else again(store), "sealed")
+        with pytest.raises(FencedError) as caught:
+            commit(owner, 1, 1)
+        assert caught.value.code == "fenced.moved"
