@@ -137,7 +137,7 @@ def test_a_collection_while_an_older_step_is_read_does_not_take_it_away(
         ckpt.restore()
         for step in (1, 2, 3):
             ckpt.save(step).wait(30)
-    genuine = takeover.fill
+    genuine = takeover.fetch
 
     def meanwhile(*args: Any, **kwargs: Any) -> Any:
         log = Log(Store.open(url, Config()))
@@ -148,7 +148,7 @@ def test_a_collection_while_an_older_step_is_read_does_not_take_it_away(
     job = new_job()
     with gpumove.Checkpointer(url, **job.parts()) as ckpt:
         with monkeypatch.context() as patched:
-            patched.setattr(takeover, "fill", meanwhile)
+            patched.setattr(takeover, "fetch", meanwhile)
             assert ckpt.restore(step=1) == 1
         ckpt.save(2).wait(30)
     assert gpumove.verify(url, deep=True).sound
