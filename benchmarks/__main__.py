@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("compare", "kill_loop", "soak", "codecs", "steps", "leaving", "lazy", "replicate", "step_call")
+NAMES = ("compare", "kill_loop", "soak", "codecs", "steps", "leaving", "lazy", "replicate", "move", "step_call")
 
 
 def main(arguments: list[str]) -> int:

@@ -23,6 +23,7 @@ from benchmarks.move_run import Cell, Machine
 from benchmarks.move_states import NAMES
 from benchmarks.report import Verdict, write_json
 
+_PARTS = ("leave", "copy", "hand over", "restore", "replay")
 _STEP_SHARE = {"lora": 0.007, "mixed": 0.10, "fp32": 0.28}
 """What a difference of one step is of the raw state: whether a link keeps up with every step is known beforehand."""
 _NEAR_LIMITS = {"mixed": 0.15, "fp32": 0.33}
@@ -85,22 +86,27 @@ def targets(done: Sequence[Cell]) -> Iterator[Verdict]:
 def show(console: Console, options: argparse.Namespace, done: Sequence[Cell]) -> None:
     """All cells in one table."""
     transfer_s = 8 * options.state_mb / options.mbit_s
-    link = f"{options.mbit_s:g} Mbit/s, {2e3 * options.delay_s:g} ms there and back"
-    title = f"{options.state_mb:g} MB over {link}: {transfer_s:.0f} s; R = steps in that time"
+    link = f"{options.mbit_s:g} Mbit/s, {2e3 * options.delay_s:g} ms"
+    title = f"{options.state_mb:g} MB over {link}: {transfer_s:.0f} s; R = steps in that time; seconds"
     shown = Table(title=title, title_justify="left")
-    for head in ("state", "way", "blackout", "share", "forecast", "rounds", "copies", "what it went to"):
-        shown.add_column(head, justify="left" if head in ("state", "way", "what it went to") else "right")
+    shown.add_column("state")
+    shown.add_column("R")
+    for head in ("blackout", "share", "foretold", "rounds", "copies", *_PARTS):
+        shown.add_column(head, justify="right")
     for cell in done:
-        way = "stop, copy, start" if cell.ratio is None else f"R = {cell.ratio:g}{', every step' * cell.every_step}"
-        found = share(cell, done)
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in cell.parts_s.items())
-        forecast = "" if cell.forecast_s is None else f"{cell.forecast_s:.1f} s"
-        numbers = (f"{cell.blackout_s:.1f} s", "" if found is None or cell.ratio is None else f"{found:.3f}", forecast)
-        shown.add_row(cell.state, way, *numbers, str(cell.rounds), f"{cell.copies:.2f}", parts)
+        way = "stop" if cell.ratio is None else f"{cell.ratio:g}{', steps' * cell.every_step}"
+        found = None if cell.ratio is None else share(cell, done)
+        numbers = ["" if found is None else f"{found:.3f}", _seconds(cell.forecast_s), str(cell.rounds)]
+        parts = (_seconds(cell.parts_s.get(name)) for name in _PARTS)
+        shown.add_row(cell.state, way, _seconds(cell.blackout_s), *numbers, f"{cell.copies:.2f}", *parts)
     console.print(shown)
     for cell in done:
         for words in cell.bad:
             console.print(f"[red]BAD[/] {cell.state}, R = {cell.ratio}: {words}", highlight=False)
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

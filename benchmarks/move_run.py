@@ -105,6 +105,12 @@ class Processes:
                 raise RuntimeError("\n".join(["this takes too long", *map(self.log, self._running)]))
             time.sleep(_LOOK_S)
 
+    def answer(self, name: str) -> dict[str, Any]:
+        """What one has said last on standard output, as JSON: before that come lines, one for whatever happened."""
+        text = "\n" + (self._folder / f"{name}.out").read_text()
+        found: dict[str, Any] = json.loads(text[text.rindex("\n{") :])
+        return found
+
     def ended(self, name: str) -> bool:
         """Whether one has ended."""
         return self._running[name].poll() is not None
@@ -188,7 +194,7 @@ class Machine:
         command = [sys.executable, "-m", "gpumove", *words]
         processes.start("move", command, {**clouds.near_from_far.env, **clouds.far.env})
         processes.until(lambda: target.all("trained") and source.all("digest") and processes.ended("move"))
-        account(cell, source, target, json.loads((folder / "move.out").read_text()))
+        account(cell, source, target, processes.answer("move"))
 
 
 def account(cell: Cell, source: Lines, target: Lines, report: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A run copied from one store to another: `gpumove replicate` beside `rclone copy`, on the same servers.
 
-`python -m benchmarks.replicate` exits with 1 if a byte at the target is wrong, with `--strict` also if gpumove is slower
-than 0.9 of rclone.
+`python -m benchmarks.replicate` exits with 1 if a byte at the target is wrong, and with `--strict` also if gpumove is
+slower than 0.9 of rclone.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -142,12 +144,25 @@ def timed(command: Sequence[str], env: Mapping[str, str]) -> tuple[float, float,
     """Wall seconds, processor seconds and peak memory of a child."""
     began = time.perf_counter()
     child = subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.DEVNULL)
+    peaks: list[int] = []
+    watcher = threading.Thread(target=_watch, args=(child.pid, peaks))
+    watcher.start()
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - began
+    watcher.join()
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"{command[0]} ended with {child.returncode}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return seconds, usage.ru_utime + usage.ru_stime, max(peaks, default=0)
+
+
+def _watch(pid: int, peaks: list[int]) -> None:
+    """The kernel's highest mark of the program: what wait4 tells begins with the memory of the process that forked."""
+    with contextlib.suppress(OSError, TypeError):
+        while True:
+            text = Path(f"/proc/{pid}/status").read_text()
+            peaks.append(int(re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE)[1]) * 1024)  # type: ignore[index]
+            time.sleep(0.02)
 
 
 def clear(bucket: Bucket, url: str) -> None:

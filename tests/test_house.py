@@ -41,12 +41,13 @@ LAYERS = [
     [
         "ranges", "fetch", "warm", "save.chunks", "save.predecessor", "save.pace", "save.chain", "save.assemble",
         "save.request", "save.units",
-        "save.writer", "commit", "restore", "inspection.survey", "inspection.condition", "inspection.run", "inspection.groups",
-        "inspection.summary",
+        "save.writer", "commit", "restore", "inspection.survey", "inspection.condition", "inspection.run",
+        "inspection.groups", "inspection.summary",
         "inspection.export_plan", "inspection.export", "inspection.doctor",
     ],
     [
-        "move.pace", "move.regions", "move.lending", "move.copier", "move.replica", "move.rounds", "move.plain", "move.replicate",
+        "move.pace", "move.regions", "move.lending", "move.copier", "move.admission", "move.replica", "move.rounds",
+        "move.plain", "move.replicate",
         "move.phase", "move.cutover", "move.checks", "move.report", "move.entries", "move.precopy", "move.machine",
         "move.moving",
     ],
@@ -97,7 +98,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_modules_import_only_from_below(path: Path) -> None:
     name = _name(path)
-    if not name or name in {"data", "format", "notices", "store", "state", "save", "inspection", "leave", "job", "move"}:
+    if not name or path.name == "__init__.py":
         return
     assert name in RANK, f"{name} has no place in the layers: give it one"
     for target in _imports(ast.parse(path.read_text())):
@@ -129,6 +130,7 @@ def test_the_environment_is_read_and_people_are_spoken_to_in_one_place(path: Pat
 # A reason may exceed a size; it is written here, next to the figure.
 LONG_FILES = {
     "checkpointer": 395,  # one public object; its docstrings are a third of it
+    "store.log": 305,  # one public object
     "store.objects": 375,  # eight verbs with their docstrings
     "state.loader": 370,  # the loader and its order of samples
     "state.capture": 320,

@@ -68,7 +68,7 @@ def test_a_blackout_lasts_until_all_steps_are_done_again() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 1])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_the_example_moves_and_trains_on(tmp_path: Path, ranks: int) -> None:
     command = [sys.executable, "-m", "examples.move_between_clouds", "--quick", f"--target-ranks={ranks}"]
     done = subprocess.run([*command, f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=900)
@@ -78,7 +78,7 @@ def test_the_example_moves_and_trains_on(tmp_path: Path, ranks: int) -> None:
     assert 0 < report["resumed"] <= report["step"] < report["steps"]
     assert report["compared_losses"] == report["steps"] + report["step"] - report["resumed"]
     assert report["out_bytes"] >= report["move"]["sent_bytes"] > 0
-    assert (report["worst_difference"] == 0) == (ranks == 2)
+    assert report["worst_difference"] <= (0 if ranks == 2 else 1e-3)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

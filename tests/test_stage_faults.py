@@ -69,7 +69,7 @@ def test_a_failure_ahead_is_heard_of_when_the_shard_is_asked_for(
 ) -> None:
     url, proxy, bucket = place
     names = ["s0", "none", "s2"]
-    config = Config(retry_s=1.0, deadline_s=1.0)
+    config = Config(retry_s=5.0, deadline_s=5.0)
     with gpumove.stage(url, tmp_path / "here", names=names, storage_options=bucket.options, config=config) as stage:
         shards = iter(stage)
         assert next(shards).name == "s0"
@@ -88,7 +88,7 @@ def test_a_failure_ahead_is_heard_of_when_the_shard_is_asked_for(
 
 def test_a_process_that_was_stopped_while_it_fetched_is_named(tmp_path: Path) -> None:
     url = fill(f"file://{tmp_path}/source", ["s0", "s1"])
-    with gpumove.stage(url, tmp_path / "here", config=Config(retry_s=0.5)) as stage:
+    with gpumove.stage(url, tmp_path / "here", config=Config(retry_s=3.0)) as stage:
         assert stage.get("s1").exists()
         (parts,) = (tmp_path / "here").glob(".gpumove-stage/*/parts")
         fd = os.open(parts / "s0", os.O_RDWR | os.O_CREAT)

@@ -16,6 +16,7 @@ from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError, GpumoveError, LayoutError, StoreError
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
+from gpumove.waiting import Waiting
 from tests.jobs import Net, TrainingJob, new_job
 from tests.road import Road
 from tests.runs import objects
@@ -121,6 +122,50 @@ def test_the_run_arrives_while_the_job_waits(
     if not lazy:  # what a small model has late is less than the gaps between it
         cold = sum(len(data) for name, data in objects(Path(source)).items() if name.startswith("packs/"))
         assert 0 < read[True] < cold / 2
+
+
+def test_reading_ahead_gives_way_to_the_handover(
+    source: str, straight: TrainingJob, tmp_path: Path, others: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was being fetched is given up half done; what was done of it stays."""
+    road = Road(source, str(tmp_path / "target"))
+    road.bring(4)
+    begun = threading.Event()
+    waiting: list[Waiting] = []
+    abandoned: list[str] = []
+    ranges = Store.get_ranges
+
+    def held_up(self: Store, key: str, *rest: Any) -> Any:
+        if self.url == ckpt._store.url and not begun.is_set():
+            begun.set()
+            assert waiting[0]._stop.wait(20), "the handover was not seen while this was under way"
+        try:
+            return ranges(self, key, *rest)
+        except StoreError as error:
+            abandoned.append(error.code)
+            raise
+
+    def hand_over() -> None:
+        assert begun.wait(20)
+        road.hand_over()
+
+    run = Waiting.run
+
+    def noted(self: Waiting) -> Any:
+        waiting.append(self)
+        return run(self)
+
+    monkeypatch.setattr(Waiting, "run", noted)
+    monkeypatch.setattr(Store, "get_ranges", held_up)
+    job = new_job(seed=9)
+    with gpumove.Checkpointer(str(tmp_path / "target"), **job.parts(), **SETTINGS) as ckpt:
+        handing = others.submit(hand_over)
+        assert ckpt.restore(wait=True) == 4
+        handing.result(20)
+        job.train(4, LAST, ckpt)
+    assert "store.abandoned" in abandoned
+    assert job.fingerprint() == straight.fingerprint()
+    road.close()
 
 
 def test_the_source_is_fenced_when_the_target_has_it(

@@ -103,7 +103,7 @@ class Director:
             stage.until(lambda: mover.ended)
             out_bytes = source.out_bytes
             stage.until(lambda: before.ended and after.ended)
-        return Trip(whole, _life(before), _life(after), json.loads(mover.said), out_bytes)
+        return Trip(whole, _life(before), _life(after), mover.answer, out_bytes)
 
     def _script(self, ranks: int, every_steps: int) -> dict[str, object]:
         """The script's options. So many ranks, or fewer with more micro-batches, have the same samples in a step."""
@@ -185,11 +185,11 @@ def prove(trip: Trip, out: Path, target: Cloud, args: argparse.Namespace) -> tup
     wrong, worst = compare(trip, exact=exact, digests=digests if exact else [])
     wrong += [f"{d.object}: {d.problem}" for d in checked.damage]
     compared = len(trip.before.losses) + len(trip.after.losses)
+    words = "to the last bit" if worst == 0 else f"to {100 * worst:.1g} %"
     good = [
         f"{len(checked.checkpoints)} checkpoints read back in {target.name}, every byte verified",
         "every step was computed from the same samples",
-        f"{compared} losses, of {trip.whole.last} steps, are equal "
-        + ("to the last bit" if exact else f"to {100 * worst:.1g} % with {args.target_ranks} ranks after {RANKS}"),
+        f"{compared} losses, of {trip.whole.last} steps, are equal {words}, {args.target_ranks} ranks after {RANKS}",
     ]
     good += [f"the final parameters and optimizer states are equal: {digests[0]}"] if exact else []
     for words in wrong[:20]:

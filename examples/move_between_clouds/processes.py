@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress, TaskID
 
@@ -38,9 +40,11 @@ class Running:
         return self.process.poll() is not None
 
     @property
-    def said(self) -> str:
-        """Its standard output."""
-        return (self.folder / f"{self.name}.out").read_text()
+    def answer(self) -> dict[str, Any]:
+        """What it has said last on standard output, as JSON: before that come lines, one for whatever happened."""
+        text = "\n" + (self.folder / f"{self.name}.out").read_text()
+        found: dict[str, Any] = json.loads(text[text.rindex("\n{") :])
+        return found
 
     @property
     def log(self) -> str:

@@ -140,6 +140,8 @@ class Claim(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="claim"):
     resumed: int | None = None
     follows: str = ""
     """By a replicator: the log that this one is a copy of. No job may claim it until it is handed over."""
+    regions: str = ""
+    """Where the run may lie, as its owner says: patterns with commas; ``*`` for everywhere."""
 
 
 class Checkpoint(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="checkpoint"):
@@ -201,8 +203,9 @@ class Collect(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="gc"):
     abandoned: tuple[int, ...] = ()
     follows: str = ""
     sealed: str = ""
+    regions: str = ""
     move: Move | None = None
-    """The newest one; this and the two before it would be lost with the entries that said so."""
+    """The newest one; this and the three before it would be lost with the entries that said so."""
 
 
 LogEntry = Claim | Checkpoint | Note | Pin | Collect | Move

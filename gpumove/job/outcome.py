@@ -64,6 +64,11 @@ def judge(status: int, words: Sequence[Word], *, asked: bool) -> Verdict:
     return Verdict(NOT_DURABLE if asked else None, say_status(status) if first is None else headline(first))
 
 
+def stayed(outcome: Outcome) -> Verdict:
+    """The verdict if the move that a job has left for was withdrawn."""
+    return Verdict(_code(outcome), f"{outcome} (it left for a move, which was withdrawn)", outcome)
+
+
 def _code(outcome: Outcome) -> int:
     if outcome.finished:
         return FINISHED

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gpumove.config import Config
-from gpumove.errors import ConfigError
+from gpumove.errors import ConfigError, GpumoveError
 from gpumove.inspection.run import open_run
+from gpumove.store.retry import in_thread
 
 _log = logging.getLogger("gpumove")
 
@@ -35,6 +36,20 @@ class Progress:
             if error.code == "config.no_run":
                 return 0
             raise
+
+    def stays(self, timeout_s: float) -> bool:
+        """Whether the run is to go on here: the move that the job has left for was withdrawn in the meantime."""
+
+        def read(ticket: object) -> bool:
+            with open_run(self._url, config=self._config, storage_options=self._options) as log:
+                view = log.read()
+                return not view.refusal() and view.move is not None and view.move.state == "cancelled"
+
+        try:
+            return in_thread(read, timeout_s)
+        except (GpumoveError, TimeoutError) as error:
+            _log.warning("whether the move goes on could not be found out: %s", error)
+            return False
 
 
 class Look:

@@ -21,7 +21,7 @@ from gpumove.from_env import RunFolder, Word
 from gpumove.job.family import Family
 from gpumove.job.inbox import Inbox
 from gpumove.job.launch import Torchrun, environment
-from gpumove.job.outcome import DURABLE, FINISHED, MOVED, NOT_DURABLE, Verdict, crash_code, judge, quote
+from gpumove.job.outcome import DURABLE, FINISHED, MOVED, NOT_DURABLE, Verdict, crash_code, judge, quote, stayed
 from gpumove.job.progress import Look, Progress
 from gpumove.leave.deadline import margin_of
 from gpumove.notices.notice import Notice, Outcome
@@ -119,6 +119,8 @@ class Supervisor:
             before = self._progress.look()
             ended = self._attempt()
             verdict = judge(ended.status, ended.words, asked=self._notice is not None)
+            if verdict.exit_code == MOVED and verdict.outcome is not None and self._progress.stays(_LOOK_S):
+                verdict = stayed(verdict.outcome)
             if verdict.exit_code not in (FINISHED, DURABLE, NOT_DURABLE, MOVED):
                 _log.error("%s", quote(ended.status, ended.words, ended.tail))
             if verdict.exit_code is None:

@@ -110,7 +110,7 @@ class Mover:
         """Check the target, make it a replica, and say at the source that a move is under way."""
         check_ends(self.rounds, self._allowed)
         replica, view = self.rounds.replica, self.source.view
-        self.target.claim(follows=self.ends.source, epoch=view.epoch, check=replica.check)
+        replica.claim(view.epoch)
         idle = view.move is not None and view.move.state == "handover" and view.move.epoch == view.epoch
         facts = {"idle": True} if idle else {}
         self._entries.enter("begin", facts=facts, text="copying beside the training")
@@ -235,10 +235,9 @@ class Mover:
         common = max((c.number for c in view.checkpoints if c.attempt in kept), default=0)
         lost = sorted({c.step for c in view.checkpoints if c.number > common})
         assert moved is not None
-        text = f"sealed late; what was committed here since the handover is not part of the run: steps {lost[-5:]}"
-        self._entries.enter(
-            "sealed", facts={"step": None if newest is None else newest.step, "forced": True}, text=text
-        )
+        also = f"; what was committed here since the handover is not part of the run: steps {lost[-5:]}" if lost else ""
+        facts = {"step": None if newest is None else newest.step, "forced": True}
+        self._entries.enter("sealed", facts=facts, text=f"sealed late{also}")
 
     # ---------------------------------------------------------------- after it
 

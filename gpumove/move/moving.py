@@ -67,6 +67,8 @@ def move(
         StoreError: a store failed, or a job does not answer. ``resume`` goes on, ``rollback`` takes back.
         FencedError: somebody else has carried the move on.
     """
+    if not 1 <= in_flight <= 256:
+        raise ConfigError(f"in_flight must be between 1 and 256, not {in_flight}")
     config = Config.from_env() if config is None else config
     config = config.replace(concurrency=max(config.concurrency, min(256, in_flight)))
     with ExitStack() as opened:
@@ -81,7 +83,7 @@ def move(
 
         def mover(here: Store, there: Store, allowed: Callable[[], object]) -> Mover:
             copier = Copier(here, there, in_flight=in_flight, budget_bytes=config.budget_bytes, limit_bytes_s=limit)
-            rounds, ends = Rounds(Replica(Log(here), Log(there), copier)), Ends(here.url, there.url)
+            rounds, ends = Rounds(Replica(Log(here), Log(there), copier, region=to_region)), Ends(here.url, there.url)
             return Mover(ends, rounds, wishes, allowed=allowed, tell=tell, progress=progress)
 
         forth = mover(source, target, lambda: check_region(target, config.allowed_regions, to_region))

@@ -56,9 +56,9 @@ def phase(source: View, target: View, ends: Ends) -> Phase:
             f"{ends.source} is a replica of {source.follows}: the run lies there, and can be moved from there only",
             code="config.replica",
         )
-    if was_forced(target, ends):
-        return Phase.FORCED
     move = source.move
+    if was_forced(target, ends) or was_handed(move, target):
+        return Phase.FORCED
     if move is None or move.state not in UNDER_WAY:
         return Phase.FRESH
     if move.other != ends.target:
@@ -90,8 +90,8 @@ def _sealed(source: View, target: View, ends: Ends) -> Phase:
             "options. If the target is lost, take the run back with --rollback --force",
             code="config.no_run",
         )
-    told = source.move is not None and source.move.state == "done"
-    arrived = target.move is None or target.move.state != "handover"
+    told, handed = source.move is not None and source.move.state == "done", target.move
+    arrived = handed is None or handed.state != "handover" or any(c.epoch > handed.epoch for c in target.checkpoints)
     return Phase.HANDED if not arrived else Phase.DONE if told else Phase.ARRIVED
 
 
@@ -107,6 +107,14 @@ def was_forced(target: View, ends: Ends) -> bool:
     if move is None or target.follows or target.sealed or move.other != ends.source:
         return False
     return move.state in ("handover", "done") and bool(move.facts.get("forced"))
+
+
+def was_handed(move: Move | None, target: View) -> bool:
+    """Whether the target was handed the run by this move: then the source was sealed, though that cannot be read."""
+    there = target.move
+    if move is None or move.state not in UNDER_WAY or there is None or target.follows or target.sealed:
+        return False
+    return there.move == move.move and there.state in ("handover", "done")
 
 
 def goes_back(source: View, target: View, ends: Ends) -> bool:

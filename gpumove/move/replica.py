@@ -14,7 +14,9 @@ import msgspec
 
 from gpumove.errors import ConfigError, IntegrityError, ObjectNotFoundError, StoreError
 from gpumove.format.manifest import Checkpoint, LogEntry, Manifest, Part, decode
+from gpumove.move.admission import check_target
 from gpumove.move.copier import Copier, Object, Progress, Sent
+from gpumove.move.regions import check_region
 from gpumove.store.gc import Plan, Retention, collect
 from gpumove.store.log import Log
 from gpumove.store.records import reachable, read_verified
@@ -51,11 +53,14 @@ class Replica:
         target: written to.
         copier: between their stores.
         deep: what lies at the target already is read and compared too, once, and sent again where it is damaged.
+        region: where the target lies, as a person says, for a run that may not lie everywhere.
     """
 
-    def __init__(self, source: Log, target: Log, copier: Copier, *, deep: bool = False) -> None:
+    def __init__(
+        self, source: Log, target: Log, copier: Copier, *, deep: bool = False, region: str | None = None
+    ) -> None:
         self.source, self.target, self.copier = source, target, copier
-        self.deep = deep
+        self.deep, self._region, self._policy = deep, region, ""
         self._sound: set[str] = set()
         """Keys at the target that were read and are what they should be."""
         self._have: dict[str, int] | None = None
@@ -97,8 +102,17 @@ class Replica:
         found = self.target.view.find()
         return found is not None and found.attempt != newest.attempt
 
+    def _check_region(self) -> None:
+        """The run's own policy, asked once: it goes wherever the run goes."""
+        policy = self.source.view.regions
+        if policy != self._policy and not self.target.view.sealed:  # where the run has come from it may go back to
+            check_region(self.target.store, policy, self._region)
+        self._policy = policy
+
     def _open_target(self) -> None:
         if not self.target.run:
+            if not self.target.open(create=False):
+                self._check_region()
             self.target.open(create=True, run=self.source.run)
             if self.target.run != self.source.run:
                 raise ConfigError(
@@ -110,27 +124,8 @@ class Replica:
             self.target.follow()
 
     def check(self, view: View) -> None:
-        """Raise ConfigError if the target's log must not be written to, as far as its entries and the source's say."""
-        here, there = self.target.store.url, self.source.store.url
-        if view.sealed not in ("", there):
-            raise ConfigError(f"{here} is not to be written to: {view.refusal()}", code="config.sealed")
-        if view.epoch and not view.follows and not view.sealed:
-            raise ConfigError(
-                f"{here} is no replica: a job may own the run there, and its checkpoints would be mixed with those of "
-                f"{there}. Use another URL, or gpumove move to hand the run over",
-                code="config.owned",
-            )
-        source = {c.attempt: c for c in self.source.view.checkpoints}
-        last = max(source, default="")
-        for checkpoint in view.checkpoints:
-            mine = source.get(checkpoint.attempt)
-            other = mine is not None and mine.manifest != checkpoint.manifest
-            if other or (checkpoint.attempt > last and not self.source.view.broken):
-                raise ConfigError(
-                    f"{here} has a checkpoint of step {checkpoint.step} (attempt {checkpoint.attempt}) that {there} "
-                    "never had: the run has gone on there by itself. Use another URL, or replicate the other way round",
-                    code="config.fork",
-                )
+        """Raise ConfigError if the target's log, as it is now, must not be written to."""
+        check_target(view, self.source.view, here=self.target.store.url, there=self.source.store.url)
 
     @property
     def record_bytes(self) -> int:
@@ -203,8 +198,18 @@ class Replica:
         epoch = max(self.source.view.epoch, int(checkpoint.attempt[:8]))
         if self.target.epoch is None or self.target.epoch < epoch:
             self.target.follow()  # raises where another one has taken over
-            self.target.claim(follows=self.source.store.url, epoch=epoch, check=self.check)
-            self._unsure = True
+            self.claim(epoch)
+
+    def claim(self, epoch: int) -> None:
+        """Make the target's log a replica of the source's, in an epoch of at least this number.
+
+        Raises:
+            ConfigError: the target is not to be written to, or the run may not lie there.
+        """
+        view = self.source.view
+        self._check_region()
+        self.target.claim(follows=self.source.store.url, regions=view.regions, epoch=epoch, check=self.check)
+        self._unsure = True
 
     def _send(self, checkpoint: Checkpoint, progress: Progress | None) -> Sent:
         sent = Sent()

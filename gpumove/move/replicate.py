@@ -113,7 +113,7 @@ def replicate(
         log = Log(source)
         log.open(create=False)
         log.read()
-        replica, as_source = Replica(log, Log(target), copier, deep=deep), follow and keep is None
+        replica, as_source = Replica(log, Log(target), copier, deep=deep, region=to_region), follow and keep is None
         rounds = Rounds(replica, keep, as_source=as_source, stop=stop or threading.Event())
         return _run(rounds, step, follow=follow, each=each or (lambda found, forecast: None), progress=progress)
 
@@ -174,8 +174,9 @@ def _run(rounds: Rounds, step: int | str | None, *, follow: bool, each: Told, pr
 def _mend(replica: Replica, progress: Progress | None) -> tuple[Sent, list[str]]:
     """Look through what is there already; what was sent, and what could not be mended."""
     sent, problems = Sent(), []
+    there = {c.attempt for c in replica.target.view.checkpoints}
     for checkpoint in replica.source.view.checkpoints:
-        if replica.at_target(checkpoint) is not None:
+        if checkpoint.attempt in there:
             try:
                 sent += replica.mend(checkpoint, progress=progress)
             except IntegrityError as error:

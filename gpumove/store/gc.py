@@ -114,7 +114,7 @@ def collect(log: Log, retention: Retention, *, reach: Callable[[Checkpoint], Ite
         return Collect(
             format=FORMAT, number=number, epoch=view.epoch, writer=log.writer, time=time.time(),
             kept=made[-1].kept, resumed=view.resumed, abandoned=tuple(sorted(view.abandoned)),
-            follows=view.follows, sealed=view.sealed, move=view.move,
+            follows=view.follows, sealed=view.sealed, regions=view.regions, move=view.move,
         )  # fmt: skip
 
     log.append(make)

@@ -207,6 +207,7 @@ class Log:
         *,
         resumed: int | None = None,
         follows: str = "",
+        regions: str = "",
         epoch: int = 0,
         check: Callable[[View], None] = lambda view: None,
     ) -> Claim:
@@ -215,6 +216,7 @@ class Log:
         Args:
             resumed: which entry the run goes on from.
             follows: for a replicator: the URL of the log that this one is kept a copy of.
+            regions: where the run may lie; empty to leave it as it is, ``*`` for everywhere.
             epoch: this at least: attempts of the other log's epoch will lie here.
             check: for a replicator: raises if the log, as it is just before the claim, is not to be followed into.
 
@@ -230,7 +232,7 @@ class Log:
                 raise FencedError(f"{self.store.url} cannot be claimed: {why}", code="fenced.moved")
             return Claim(
                 format=FORMAT, number=number, epoch=max(epoch, view.epoch + 1 + len(view.broken)), writer=self.writer,
-                time=time.time(), host=host, resumed=resumed, follows=follows,
+                time=time.time(), host=host, resumed=resumed, follows=follows, regions=regions,
             )  # fmt: skip
 
         entry = self.append(make)

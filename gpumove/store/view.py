@@ -44,6 +44,8 @@ class View:
     """The log that this one is a copy of: only its replicator writes here."""
     sealed: str = ""
     """Where the run was moved to: only tools write here."""
+    regions: str = ""
+    """Where the run may lie, as its owners have said last: patterns with commas; empty for everywhere."""
     move: Move | None = None
     """The newest entry of a move."""
 
@@ -55,7 +57,9 @@ class View:
                 return replace(seen, broken=(*self.broken, entry))
             case Claim():
                 seen = replace(seen, epoch=entry.epoch, writer=entry.writer, host=entry.host)
-                return replace(seen, follows=entry.follows, sealed="")._going_on_from(entry.resumed)
+                regions = entry.regions.strip() or self.regions
+                seen = replace(seen, follows=entry.follows, sealed="", regions="" if regions == "*" else regions)
+                return seen._going_on_from(entry.resumed)
             case Move():
                 return seen._moved(entry)
             case Checkpoint():
@@ -69,6 +73,7 @@ class View:
                 return replace(
                     seen, checkpoints=entry.kept, resumed=entry.resumed, first=entry.number, epoch=entry.epoch,
                     abandoned=frozenset(entry.abandoned), follows=entry.follows, sealed=entry.sealed, move=entry.move,
+                    regions=entry.regions,
                 )  # fmt: skip
 
     def _moved(self, entry: Move) -> View:

@@ -41,8 +41,8 @@ def when_warm(ckpt: Checkpointer, then: Any) -> threading.Thread:
     return found
 
 
-def wait_for_it(rank: int, layout: str, source: str, target: str) -> dict[str, Any]:
-    """Resume at the target; rank 0 also plays the tools that move the run."""
+def wait_for_it(rank: int, layout: str, source: str, target: str, until: int = LAST) -> dict[str, Any]:
+    """Resume at the target, and train on; rank 0 also plays the tools that move the run."""
     job = make(layout, rank, seed=1)
     with job.checkpointer(target, every_steps=EVERY) as ckpt:
         road = Road(source, target) if rank == 0 else None
@@ -55,13 +55,13 @@ def wait_for_it(rank: int, layout: str, source: str, target: str) -> dict[str, A
                 road.hand_over()
 
             tools = when_warm(ckpt, finish)
-        begun = ckpt.restore(wait=True, lazy=True)
+        begun = ckpt.restore(wait=True, lazy=until == LAST)
         if tools is not None and road is not None:
             tools.join(20)
             road.close()
         assert begun == 2 * EVERY
-        job.train(ckpt, begun, LAST)
-        return {"losses": job.losses, "samples": job.samples, **job.state()}
+        job.train(ckpt, begun, until)
+        return {"losses": job.losses, **job.state()}
 
 
 @pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
@@ -73,6 +73,22 @@ def test_a_run_that_moved_is_the_run_that_did_not(layout: str, tmp_path: Path) -
         assert after["losses"] == {step: loss for step, loss in before["losses"].items() if step > 2 * EVERY}
         assert models.differences(before["full"], after["full"]) == []
         assert after["position"] == before["position"]
+
+
+def trained(rank: int, until: int) -> dict[str, Any]:
+    job = make("fsdp2", rank)
+    job.train(None, 0, until)
+    return job.state()
+
+
+@pytest.mark.parametrize("layout", ["plain", "fsdp1", "fsdp4"])
+def test_each_rank_of_another_number_keeps_its_own_share_warm(layout: str, tmp_path: Path) -> None:
+    source, target = f"file://{tmp_path}/source", f"file://{tmp_path}/target"
+    assert run(first_leg, 2, "fsdp2", source, {}, STOP, lost=range(2)) == [LOST] * 2
+    expected, *_ = run(trained, 2, 2 * EVERY)
+    ranks = models.RANKS[layout]
+    for found in run(wait_for_it, ranks, layout, source, target, 2 * EVERY, group=layout != "plain"):
+        assert models.differences(expected["full"], found["full"]) == []
 
 
 def told_to_leave(rank: int, url: str) -> tuple[int, bool, bool]:

@@ -48,7 +48,7 @@ MOVE = Move(
 )  # fmt: skip
 ENTRIES = [
     COMMIT,
-    Claim(format=FORMAT, number=1, epoch=1, writer="w", time=1.0, host="h"),
+    Claim(format=FORMAT, number=1, epoch=1, writer="w", time=1.0, host="h", regions="eu-*"),
     Note(format=FORMAT, number=3, epoch=1, writer="w", time=1.0, text="t", resumed=2, damaged=(1,)),
     Pin(format=FORMAT, number=4, epoch=1, writer="w", time=1.0, checkpoint=2, pinned=True),
     MOVE,

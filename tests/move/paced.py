@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import gpumove
 
+logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
 genuine = gpumove.Checkpointer.step
 
 

@@ -26,7 +26,7 @@ from gpumove.store.view import View
 from tests.move.runs import CONFIG, Place, memory, train
 
 WISHES = Wishes(leave_timeout_s=5.0, arrive_timeout_s=5.0, hear_timeout_s=0.0)
-BEGUN, TRAINED = 2, 4
+BEGUN, TRAINED = 2, 6
 """Checkpoints that are there when the move begins, and that the job has in all."""
 
 

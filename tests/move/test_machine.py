@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gpumove.errors import ConfigError, FencedError, StoreError
+from gpumove.format import keys
 from gpumove.move.entries import OvertakenError
 from gpumove.move.report import Event, Wishes
 from gpumove.store.log import Log
@@ -238,7 +239,7 @@ def test_a_job_that_is_started_again_is_asked_again(stage: Stage) -> None:
     stage.move()
     assert claims
     assert states(stage) == ["begin", "request", "request", "sealed", "handover", "done"]
-    assert stage.steps(stage.target)[-1] == TRAINED
+    assert stage.steps(stage.target)[-1] == 5
 
 
 def test_a_commit_just_before_the_seal_is_not_lost(recorded: Place) -> None:
@@ -303,6 +304,55 @@ def test_nothing_is_begun_where_the_target_cannot_take_it(stage: Stage) -> None:
         stage.move()
     assert caught.value.code == "config.other_run"
     assert stage.look(stage.source).move is None
+
+
+@pytest.mark.parametrize("state", ["sealed", "handover", "done"])
+@pytest.mark.parametrize("end", ["source", "target"])
+def test_an_entry_that_cannot_be_read_any_more_hands_nothing_out_twice(stage: Stage, state: str, end: str) -> None:
+    stop_at(stage, state)
+    stage.react()
+    place = getattr(stage, end)
+    with place.log() as log:
+        move = log.view.move
+        if move is not None:
+            log.store.put(keys.entry_key(move.number), b"rot")
+    assert sum(stage.claimable()) <= 1
+    if (end, stage.claimable()) == ("target", (False, True)):
+        train(stage.target, 5)  # what its job commits tells as much as its own word would have
+    assert stage.move(resume=True).phase == "done"
+    assert stage.claimable() == (False, True)
+    assert read(stage.target)[0] >= 3
+
+
+# -------------------------------------------------------------------- what is asked of the blackout
+
+
+def test_no_job_is_stopped_for_longer_than_allowed(recorded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpumove.move.machine._POLL_S", 0.01)
+    stage = Stage(recorded)
+
+    def go_on(event: Event) -> None:
+        if event.state == "round" and len(stage.steps(stage.source)) < TRAINED:
+            stage.commit()
+
+    stage.hook = go_on
+    with pytest.raises(ConfigError, match=r"a blackout of at most 1e-09 s cannot be had: a blackout of") as caught:
+        stage.move(_wishes(max_blackout_s=1e-9))
+    assert caught.value.code == "config.blackout"
+    assert states(stage) == ["begin", "cancelled"]
+    assert stage.claimable() == (True, False)
+    assert stage.steps(stage.target)[-1] > 3, "later commits were given a chance"
+    assert stage.move(_wishes(max_blackout_s=60.0)).phase == "done"
+    stage.close()
+
+
+def test_a_commit_is_not_waited_for_for_ever(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpumove.move.machine._POLL_S", 0.01)
+    monkeypatch.setattr("gpumove.move.precopy._COMMIT_S", 0.2)
+    with pytest.raises(StoreError, match="has committed nothing") as caught:
+        stage.move(_wishes(max_blackout_s=1e-9))
+    assert caught.value.code == "store.no_answer"
+    assert stage.move(resume=True).phase == "done"
 
 
 # -------------------------------------------------------------------- an end that cannot be reached

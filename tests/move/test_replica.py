@@ -234,6 +234,20 @@ def test_a_rollback_may_go_into_a_log_that_is_sealed_towards_it(trained: tuple[P
         assert log.view.follows == target.url
 
 
+def test_an_entry_that_cannot_be_read_may_have_been_a_handover(trained: tuple[Place, dict[int, str]]) -> None:
+    source, target = trained[0], memory()
+    replicate(source, target, step="all")
+    with target.open() as store:
+        store.put(keys.entry_key(4), b"rot")
+    train(more := copy_of(source), 6)
+    with pytest.raises(ConfigError, match="entry 4 cannot be read") as caught:
+        replicate(more, target)
+    assert caught.value.code == "config.broken"
+    with target.log() as log:
+        collect(log, Retention())
+    assert replicate(more, target).newest == 6
+
+
 def test_an_older_step_is_not_put_behind_newer_ones(trained: tuple[Place, dict[int, str]]) -> None:
     source, target = trained[0], memory()
     replicate(source, target)

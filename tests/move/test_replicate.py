@@ -234,6 +234,20 @@ def test_a_region_that_is_not_allowed(
     check(target, truth, [2])
 
 
+def test_a_run_takes_along_where_it_may_lie(call: Any, pair: tuple[Place, Place, dict[int, str]]) -> None:
+    source, target, truth = pair
+    with source.log() as log:
+        log.claim(regions="eu-*")
+    for options in ([], ["--to-region", "us-east-1"]):
+        code, out, _ = call(source, target, "--json", *options)
+        assert (code, json.loads(out)["code"]) == (2, "config.region")
+        assert target.keys() == {}
+    assert call(source, target, "--to-region", "eu-west-1")[0] == 0
+    check(target, truth, [2])
+    with target.log() as log:
+        assert log.view.regions == "eu-*"
+
+
 @pytest.mark.parametrize("option", ["--step=newest", "--limit=fast", "--limit=0", "--in-flight=x", "--keep-last=-1"])
 def test_wrong_options(call: Any, tmp_path: Path, option: str) -> None:
     code, _, err = call(Place(str(tmp_path)), Place(str(tmp_path / "x")), option)

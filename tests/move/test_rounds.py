@@ -165,11 +165,11 @@ def follower(source: Store, target: Store, **copier: float) -> Rounds:
 
 @pytest.mark.parametrize(("every_s", "converges"), [(2.0, True), (0.2, False)])
 def test_the_next_round_takes_as_long_as_was_foretold(source: Store, every_s: float, converges: bool) -> None:
-    """Deltas of 2 MB over a link of 4 MB/s: half a second each."""
+    """Deltas of 2 MB over a link of 2 MB/s: a second each."""
     owner, packs = owner_of(source), []  # type: ignore[var-annotated]
     with memory().open(Config()) as target:
-        commit(owner, 1, packs, 6_000_000, 100.0)
-        rounds = follower(source, target, limit_bytes_s=4e6)
+        commit(owner, 1, packs, 3_000_000, 100.0)
+        rounds = follower(source, target, limit_bytes_s=2e6)
         rounds.once()
         for serial in range(2, 5):
             commit(owner, serial, packs, 2_000_000, 100.0 + serial * every_s)
@@ -181,7 +181,7 @@ def test_the_next_round_takes_as_long_as_was_foretold(source: Store, every_s: fl
         commit(owner, 5, packs, 2_000_000, 100.0 + 5 * every_s)
         last = rounds.once()
         assert last is not None
-        assert said.parts["last_delta"] == pytest.approx(last.seconds, rel=0.2)
+        assert said.parts["last_delta"] == pytest.approx(last.seconds, rel=0.25)
         assert said.blackout_s == pytest.approx(1.0 + said.parts["last_delta"])
         assert said.converges == converges
         assert ("keeps up" if converges else "would not help") in said.why

@@ -142,3 +142,16 @@ def test_an_unreadable_entry_behind_a_request_may_be_the_seal(store: Store) -> N
     tool = again(store)
     say(tool, "cancelled")
     assert again(store).claim().epoch == 3
+
+
+def test_where_a_run_may_lie_stays_with_it_until_an_owner_says_otherwise(store: Store) -> None:
+    owner = new_log(store)
+    owner.claim(regions="eu-*")
+    commit(owner, 1, 1)
+    collect(again(store), Retention(1))
+    again(store).claim()
+    assert again(store).view.regions == "eu-*"
+    again(store).claim(regions="us-east-1,us-west-2")
+    assert again(store).view.regions == "us-east-1,us-west-2"
+    again(store).claim(regions="*")
+    assert again(store).view.regions == ""
