@@ -66,7 +66,9 @@ def share(cell: Cell, done: Sequence[Cell]) -> float | None:
 
 def targets(done: Sequence[Cell]) -> Iterator[Verdict]:
     """What the move has to reach; R is the number of steps in one transfer of the raw state."""
-    for cell in (c for c in done if c.ratio is not None and c.blackout_s):
+    for cell in done:
+        if cell.ratio is None or not cell.blackout_s:
+            continue
         name, found = f"R = {cell.ratio:g}", share(cell, done)
         near = cell.ratio <= 3
         limit = _LORA_LIMIT if cell.state == "lora" else _NEAR_LIMITS[cell.state] if near else _FAR_LIMIT

@@ -137,7 +137,15 @@ def test_kubernetes_counts_no_notice_as_a_failure() -> None:
         for rule in reversed(job["spec"]["podFailurePolicy"]["rules"])
         for code in rule.get("onExitCodes", {}).get("values", [])
     }
-    assert actions == {75: "Ignore", 76: "Ignore", 2: "FailJob", 20: "FailJob", 30: "FailJob", 40: "FailJob"}
+    assert actions == {
+        75: "Ignore",
+        76: "Ignore",
+        2: "FailJob",
+        20: "FailJob",
+        30: "FailJob",
+        40: "FailJob",
+        77: "FailJob",
+    }
 
 
 def _moved(word: str, place: dict[str, str]) -> str:
