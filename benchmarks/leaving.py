@@ -59,6 +59,7 @@ class Cell:
     transfer_s: float
     every_steps: int
     told_at_step: int
+    measured: bool = False
     last_step: int = 0
     resumed_from: int = 0
     durable: bool = False
@@ -109,6 +110,7 @@ class Machine:
         """The cell with what came out."""
         try:
             self._run(cell)
+            cell.measured = True
         except Exception as error:  # noqa: BLE001 - one cell that cannot be measured must not cost the others
             cell.bad.append(f"not measured: {error}")
         return cell
@@ -204,6 +206,8 @@ def show(console: Console, options: argparse.Namespace, done: Sequence[Cell]) ->
 
 
 def _words(cell: Cell) -> str:
+    if not cell.measured:
+        return "not measured"
     left = "killed" if cell.done_s is None else f"left after {cell.done_s:.1f} s"
     return f"{'durable' if cell.durable else f'{cell.lost_steps} steps lost'}, {left}"
 

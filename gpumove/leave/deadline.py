@@ -23,6 +23,8 @@ WORDS: dict[Kind, str] = {
 _LAST = 5
 _TURN_S = 0.5
 """To stop one save and begin another."""
+_SURE = 0.8
+"""A save in flight that fits is given up for a new one only if that needs no more than this of what is left."""
 _HOPE = 1.5
 """Where nothing is given up for it, a save is tried that took this many times what is left: the machine is free now."""
 
@@ -99,10 +101,11 @@ def plan(left_s: float, now: Situation) -> Plan:
         return Plan("new", why="nothing was measured yet")
     why = f"a save takes {now.new_s:.1f} s, and {left_s:.1f} s are left"
     if now.flying and now.flight_s is not None:
-        reserve_s = 1.1 * now.new_s + _TURN_S
+        reserve_s = now.new_s / _SURE + _TURN_S
         if now.flight_s + reserve_s <= left_s:
             return Plan("after", now.flight_s + now.new_s, why, reserve_s=reserve_s)
-        if now.new_s <= left_s:
+        sure = _SURE if now.flight_s <= left_s else 1.0
+        if now.new_s <= sure * left_s:
             return Plan("instead", now.new_s, why)
         # Whether or not it is expected to be done in time: there is nothing better to do.
         return Plan("finish", now.flight_s, f"{why}; that in flight takes {now.flight_s:.1f} s more")

@@ -68,9 +68,11 @@ class Leaving:
         """No call to the store outlasts the deadline, whoever made it; of the log there is one look in any case."""
         self._book.store.hurry(max(_LOOK_S, self._departure.left_s(margin=0.0)))
 
-    def look_up(self, step: int, reason: str) -> Result:
-        """What the log says, if it can be read in the time that is left."""
-        seconds = min(_NOTE_S, self._departure.left_s(margin=0.2)) or _LOOK_S
+    def look_up(self, step: int, reason: str, *, margin: float = 0.2, least_s: float = _LOOK_S) -> Result:
+        """What the log says, if it can be read in the time that is left, or in ``least_s`` if there is none."""
+        seconds = min(_NOTE_S, self._departure.left_s(margin=margin)) or least_s
+        if seconds <= 0:
+            return Result(False, self._newest, reason)
         try:
             view = in_thread(lambda ticket: Log(self._book.store).read(), seconds)
         except Exception as error:  # noqa: BLE001 - whatever it is: what is not known to be durable is not said to be
@@ -140,10 +142,11 @@ class Leaving:
         flight_s = None
         if last is not None and flying and new_s is not None:
             flight_s = remaining(new_s, time.perf_counter() - last.began)
-        situation = Situation(new_s, flying, flight_s, self._config.codec == "small")
+        codes = self._config.codec == "small" or bool(self._requests.asked.thrift)
+        now = Situation(new_s, flying, flight_s, codes)
         serial = 0 if last is None else int(last.attempt.partition("-")[2])
         bound = isinstance(capture, Capture) and "loader" in capture.own
-        return capture, Standing(self._step, situation, serial, report.replan, bound, report.error)
+        return capture, Standing(self._step, now, serial, report.replan, bound, report.error)
 
     def _decide(self, council: Council, whole: bool, messages: Sequence[bytes]) -> bytes:
         """The first one's. An error is part of the answer: the others wait for it."""
@@ -177,11 +180,12 @@ class Leaving:
                 return Decision(newest=newest, error=broken)
             return Decision(Plan("finish", now.flight_s, broken[2]), newest=newest)
         replan = not whole or any(s.replan for s in ranks)
-        return Decision(plan(self._departure.left_s(), now), serial, replan, newest)
+        return Decision(plan(self._departure.left_s(), now), serial, replan, newest, self._requests.asked.thrift)
 
     # ---------------------------------------------------------------- one save
 
     def _begin(self, council: Council, capture: Capture, decision: Decision) -> SaveHandle:
+        self._runner.heed(decision.thrift)
         if decision.plan.hurried:
             self._runner.hurry()
         planner = self._saver.planner
@@ -235,8 +239,10 @@ class Leaving:
         late = f"the save of step {handle.step} was not done in time"
         if not handle.finished and not handle.cancelled.is_set():
             return Result(False, self._newest, late)
-        # The answer to what put it into the log may have been lost, or have come too late.
-        return self.look_up(self._step, late if handle.cancelled.is_set() else str(handle.error))
+        # The answer to what put it into the log may have been lost, or have come too late. If the link is still full of
+        # what was given up, the log cannot be read in time either, and the others wait for a word.
+        reason = late if handle.cancelled.is_set() else str(handle.error)
+        return self.look_up(self._step, reason, margin=0.5, least_s=0.0)
 
     def _follow(self, council: Council, handle: SaveHandle, key: str) -> Result:
         told = False

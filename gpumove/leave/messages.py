@@ -29,6 +29,8 @@ class Decision(msgspec.Struct, frozen=True):
     replan: bool = False
     newest: int = 0
     """The step that a resume would begin from as it is."""
+    thrift: int = 0
+    """What a move asks of the writers."""
     error: Described | None = None
 
 

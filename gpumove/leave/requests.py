@@ -16,6 +16,7 @@ from gpumove.errors import FencedError, GpumoveError
 from gpumove.format.manifest import Move
 from gpumove.leave.departure import Departure
 from gpumove.notices.notice import MOVE, Notice, Outcome
+from gpumove.steplog import Asked
 from gpumove.store.log import Log
 from gpumove.store.retry import in_thread
 from gpumove.store.view import View
@@ -24,6 +25,8 @@ _log = logging.getLogger("gpumove")
 _POLL_S, _GLANCE_S = 2.0, 0.02
 """Between two looks at the log, and at this rank's own step while the first one is waited for."""
 _FAREWELL_S = 2.0
+WISH_S = 900.0
+"""What a move asks of the saves is done for so long after it has said so last."""
 
 
 class Requests:
@@ -44,10 +47,8 @@ class Requests:
         self.patience_s, self.save_s = patience_s, save_s
         self.saves = True
         """Whether the move wants one."""
-        self.every_step = False
-        """Whether a move wants a save after every step, as far as that pays."""
-        self.slow_s = 0.0
-        """What it wants every step to take longer meanwhile."""
+        self.asked = Asked()
+        """What it wants of the saves before that."""
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -59,14 +60,10 @@ class Requests:
         self._thread = threading.Thread(target=watch.run, name="gpumove-requests", daemon=True)
         self._thread.start()
 
-    def wanted(self) -> bool:
-        """Whether a move wants a save after every step."""
-        return self.every_step
-
     def slow_down(self) -> None:
         """Rest as long as a move wants it; nothing, as a rule."""
-        if self.every_step and self.slow_s > 0:
-            self._ended.wait(self.slow_s)
+        if self.asked.every_step and self.asked.slow_s > 0:
+            self._ended.wait(self.asked.slow_s)
 
     def close(self) -> None:
         """End. A store that hangs is left behind."""
@@ -82,7 +79,7 @@ class _Watch:
         self._wishes, self._departure, self._ended = wishes, departure, ended
         self._log, self._epoch = Log(book.store), book.epoch
         self._log.view = book.view
-        self._heard = 0
+        self._heard, self._heard_at = 0, 0.0
         self._first: tuple[int, float] | None = None
         self._failed = False
 
@@ -106,6 +103,8 @@ class _Watch:
         try:
             self._log.follow()
             self._hear(self._log.view)
+            if time.monotonic() - self._heard_at > WISH_S:
+                self._ask(None)  # whoever wished it says so anew, or is not there any more
             if self._first is not None and self._due():
                 self._say_arrived(*self._first)
             self._failed = False
@@ -122,12 +121,17 @@ class _Watch:
         self._heard = move.number
         if move.state == "begin" and "job" not in move.facts and not self._ended.is_set():
             self._say_heard(move)
-        under_way = move.state in ("begin", "request")
-        self._wishes.every_step = under_way and bool(move.facts.get("every_step"))
-        self._wishes.slow_s = float(move.facts.get("slow_s", 0.0)) if under_way else 0.0
+        self._heard_at = time.monotonic()
+        self._ask(move if move.state in ("begin", "request") else None)
         if standing(view, self._epoch) is not None and not self._ended.is_set():
             self._wishes.saves = move.save
             self._departure.request(Notice(MOVE, time.time() + self._wishes.patience_s, f"to {move.other}"))
+
+    def _ask(self, move: Move | None) -> None:
+        asked, facts = self._wishes.asked, {} if move is None else move.facts
+        asked.under_way = move is not None
+        asked.every_step, asked.hold = bool(facts.get("every_step")), bool(facts.get("hold"))
+        asked.slow_s = float(facts.get("slow_s", 0.0))
 
     def _say_heard(self, begun: Move) -> None:
         """Tell the move that somebody is there, and what a save takes: it foretells the blackout."""
