@@ -29,7 +29,7 @@ from tests.servers.link import Link
 from tests.servers.process import Bucket
 from tests.servers.proxy import Proxy
 
-KINDS = {"raw": (1, {"codec": "raw"}), "base": (1, {"codec": "small"}), "differences": (4, {"codec": "small"})}
+KINDS = {"raw": (1, {"codec": "raw"}), "base": (1, {"codec": "small"}), "chain": (4, {"codec": "small"})}
 """What is restored: saves before it, the last one included, one step apart; and the settings of the job that saved."""
 
 
@@ -57,8 +57,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def save(bucket: Bucket, kind: str, options: argparse.Namespace) -> str:
-    """Make a run to restore; the digest of its state."""
+def save(bucket: Bucket, kind: str, options: argparse.Namespace) -> tuple[str, int]:
+    """Make a run to restore; the digest of its state, and its bytes."""
     job = gpt(options.state_mb)
     saves, settings = KINDS[kind]
     place = {"storage_options": bucket.options, "every_s": None, **settings}
@@ -67,7 +67,7 @@ def save(bucket: Bucket, kind: str, options: argparse.Namespace) -> str:
         for _ in range(saves):
             job.train_step()
             ckpt.save(job.step).wait()
-    return job.digest()
+    return job.digest(), job.state_bytes
 
 
 def restore(bucket: Bucket, kind: str, truth: str, *, lazy: bool, options: argparse.Namespace) -> Trial:
@@ -97,22 +97,22 @@ def restore(bucket: Bucket, kind: str, truth: str, *, lazy: bool, options: argpa
     return Trial(kind, lazy, returned_s, forward_s, step_s, seen == [truth])
 
 
-def measure(options: argparse.Namespace) -> dict[str, list[Trial]]:
-    """All trials by the rate of the link, eager and lazy ones in turns."""
+def measure(options: argparse.Namespace) -> tuple[dict[str, list[Trial]], int]:
+    """All trials by the rate of the link, eager and lazy ones in turns; and the bytes of the state."""
     found: dict[str, list[Trial]] = {}
     with tempfile.TemporaryDirectory() as folder, ministack(Path(folder)) as bucket:
-        truths = {kind: save(bucket, kind, options) for kind in KINDS}
+        saved = {kind: save(bucket, kind, options) for kind in KINDS}
         for mbit in options.mbit:
             ways = {way: Link(mbit, delay_s=options.delay) for way in ("up", "down")}
             with Proxy(bucket.endpoint, **ways) as proxy:
                 far = bucket.via(proxy.endpoint)
                 found[f"{mbit:g}"] = [
-                    restore(far, kind, truths[kind], lazy=lazy, options=options)
+                    restore(far, kind, saved[kind][0], lazy=lazy, options=options)
                     for _ in range(options.rounds)
                     for kind in KINDS
                     for lazy in (False, True)
                 ]
-    return found
+    return found, max(nbytes for _, nbytes in saved.values())
 
 
 def rows(found: dict[str, list[Trial]]) -> list[dict[str, Any]]:
@@ -136,9 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     machine = facts()
     torch.set_num_threads(1)  # the server and the link have the other core
-    found = measure(options)
-    table = Table("Mbit/s", "checkpoint", "first forward done, s: eager", "lazy", "ratio", "first step done, s: eager",
-                  "lazy", "ratio")  # fmt: skip
+    found, nbytes = measure(options)
+    title = f"seconds from restore() on; {nbytes / 1e6:.0f} MB, {2e3 * options.delay:.0f} ms there and back"
+    table = Table(
+        "Mbit/s", "checkpoint", "forward, eager", "lazy", "ratio", "step, eager", "lazy", "ratio", title=title
+    )
     medians = rows(found)
     for row in medians:
         times = [f"{row[name][key]:.2f}" for name in ("forward_s", "step_s") for key in ("eager", "lazy", "ratio")]
@@ -146,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Console().print(table)
     options.out.mkdir(parents=True, exist_ok=True)
     content = {
-        "machine": machine, "state_mb": options.state_mb, "delay_s": options.delay, "tokens": options.tokens,
+        "machine": machine, "state_bytes": nbytes, "delay_s": options.delay, "tokens": options.tokens,
         "medians": medians, "trials": {mbit: [asdict(t) for t in trials] for mbit, trials in found.items()},
     }  # fmt: skip
     write_json(options.out / "lazy.json", content)

@@ -183,8 +183,8 @@ class Machine:
     def _move(self, cell: Cell, clouds: Clouds, processes: Processes, folder: Path) -> None:
         """`gpumove move`, run in the far cloud, where a job waits and reads ahead."""
         assert cell.ratio is not None
-        # As often as jobs save: once in two transfers of the raw state.
-        usual: dict[str, Any] = {"codec": "small", "every_steps": max(1, round(2 * cell.ratio))}
+        transfers = 1 if cell.every_step else 2
+        usual: dict[str, Any] = {"codec": "small", "every_steps": max(1, round(transfers * cell.ratio))}
         usual |= _LONG_CHAINS if cell.every_step else {}
         leaving = self._task(cell, folder, clouds.near, usual)
         arriving = self._task(cell, folder, clouds.far, {**usual, "wait": True})

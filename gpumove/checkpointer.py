@@ -108,7 +108,7 @@ class Checkpointer:
         self._takeover = Takeover(self._peers, self._job, self._log, self.config, self._saver, self._stager)
         self._way_out = WayOut(self.config, self._peers, self._saver, self._log)
         self._departure = self._way_out.departure
-        self._chair = Chair(self.config, time.monotonic(), self._health.hear, self._way_out.requests.wanted)
+        self._chair = Chair(self.config, time.monotonic(), self._health.hear, self._way_out.requests.asked)
         self._claimed, self._closed = False, False
         self._next_meeting, self._step = 0, -(1 << 62)
         self._failure: BaseException | None = None
@@ -320,6 +320,7 @@ class Checkpointer:
         verdict = msgspec.msgpack.decode(answer, type=Verdict)
         marks.append(time.perf_counter())
         self._next_meeting = verdict.next_meeting
+        self._runner.writer.heed(verdict.thrift)
         self._way_out.met(step)
         self._health.met(step)
         if isinstance(capture, Exception):

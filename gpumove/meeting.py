@@ -13,7 +13,7 @@ from gpumove.errors import ConfigError, FencedError, GpumoveError, describe
 from gpumove.format.manifest import Checkpoint
 from gpumove.handle import SaveHandle
 from gpumove.health import Vitals
-from gpumove.steplog import StepLog
+from gpumove.steplog import Asked, StepLog
 
 _log = logging.getLogger("gpumove")
 
@@ -53,6 +53,8 @@ class Verdict(msgspec.Struct):
     error: Described | None = None
     notice: Told | None = None
     """The job leaves after this step."""
+    thrift: int = 0
+    """What a move asks of the writers, as ``Asked`` has it."""
 
 
 class Claimed(msgspec.Struct):
@@ -86,7 +88,7 @@ class Chair:
         config: Config,
         now: float,
         hear: Callable[[Sequence[Vitals], int], None],
-        asked: Callable[[], bool] = lambda: False,
+        asked: Asked | None = None,
     ) -> None:
         """Nothing was decided yet.
 
@@ -94,11 +96,12 @@ class Chair:
             config: the run's.
             now: seconds of a monotonic clock.
             hear: is told how all ranks are doing.
-            asked: whether a move asks for a save after every step.
+            asked: what a move asks for.
         """
         self._config, self._hear = config, hear
         self.cadence = Cadence(config, now)
-        self._step_log = StepLog(config, asked)
+        self._asked = asked or Asked()
+        self._step_log = StepLog(config, self._asked)
         self._counted: SaveHandle | None = None
         self.serial = 0
         self.skipped = 0
@@ -150,12 +153,15 @@ class Chair:
         notices = [r.notice for r in reports if r.notice is not None]
         nearest = min(notices, key=lambda n: n.until, default=None)
         self._hear([r.vitals for r in reports], step)
-        verdict = Verdict(replan=any(r.replan for r in reports), told=told, notice=nearest)
+        verdict = Verdict(replan=any(r.replan for r in reports), told=told, notice=nearest, thrift=self._asked.thrift)
         self._count(step, last, now)
         single = self._step_log.wants() and (last is None or last.finished)
-        if self.cadence.due(step, now) or wanted or single:
+        due = self.cadence.due(step, now)
+        if due or wanted or single:
             self.cadence.took(step, now)
-            if last is not None and not last.finished:
+            if self._asked.hold and not wanted:
+                _log.info("no save at step %d, since a move copies and asks for none meanwhile", step)
+            elif last is not None and not last.finished:
                 self._skip(step, last)
             else:
                 self.serial += 1

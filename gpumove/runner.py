@@ -51,7 +51,7 @@ class Runner:
         self._log_book, self._config, self._rank = log, config, rank
         self._stager = stager
         self._kept_bytes, self._keeps = 0, False
-        self._writer = PartWriter(log.store, config)
+        self.writer = PartWriter(log.store, config)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpumove-save")
         self._pending: list[Future[None]] = []
         self._keeper = Keeper(log, Retention(config.keep_last, config.keep_every)) if rank == 0 else None
@@ -93,13 +93,13 @@ class Runner:
             if error.code != "config.torn":  # of torn ones too every base is compared with its digest before use
                 return
         rules = settled(capture.rules, layout.scalars, snapshot.view)
-        self._writer.follow(table, layout.items, snapshot, rules=rules, keep=keep)
+        self.writer.follow(table, layout.items, snapshot, rules=rules, keep=keep)
 
     def take_predecessor(self, table: dict[ChunkKey, Stored]) -> None:
         """What a restored checkpoint holds, without its bytes: unchanged chunks are recognised by their digests."""
         self._stager.keep(None)
         self._written = None
-        self._writer.adopt(Predecessor(table))
+        self.writer.adopt(Predecessor(table))
 
     def prepare(self, sources: Sequence[torch.Tensor]) -> None:
         """Touch the staging memory before the first save needs it."""
@@ -180,10 +180,10 @@ class Runner:
 
     def hurry(self) -> None:
         """From now on all is written, and coded only where that is quicker, whatever the settings ask for."""
-        self._writer.close()
+        self.writer.close()
         self._stager.keep(None)
         self._written = None
-        self._writer = PartWriter(self._log_book.store, self._config.replace(codec="auto"))
+        self.writer = PartWriter(self._log_book.store, self._config.replace(codec="auto"))
 
     def note(self, text: str, timeout_s: float) -> None:
         """Say something in the log, behind what is being done, if that is possible in time."""
@@ -217,7 +217,7 @@ class Runner:
         handle.mark_staged(time.perf_counter() - staged.began)
         request = self._request(staged)
         self._written = None
-        _, part = self._writer.write(request, staged.snapshot)
+        _, part = self.writer.write(request, staged.snapshot)
         self._written = staged.snapshot.serial
         self._stager.keep(staged.snapshot if request.keep else None)
         if not request.keep:
@@ -293,7 +293,7 @@ class Runner:
         """End the threads. A running save must have been settled, or it is left behind and ends by itself."""
         self._thread.shutdown(wait=settled)
         if settled:
-            self._writer.close()
+            self.writer.close()
 
 
 def _left(until: float | None) -> float | None:

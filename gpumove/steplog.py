@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import fmean
 
 from gpumove.config import Config
@@ -28,17 +28,36 @@ _MOST_LATE = 3
 """So many single steps in a row that were not done before the next one was are enough, where a move has asked."""
 
 
+@dataclass
+class Asked:
+    """What a move asks of the saves, on rank 0."""
+
+    under_way: bool = False
+    """Everything is to be coded: it goes over the move's link too, which is slower than that to the job's own store."""
+    every_step: bool = False
+    """A save after every step, as far as that is in time."""
+    hold: bool = False
+    """None that are only due: what is copied meanwhile takes longer than they come."""
+    slow_s: float = 0.0
+    """What every step is to take longer, with saves after every one."""
+
+    @property
+    def thrift(self) -> int:
+        """What writers are told: 0 nothing, 1 to code everything, 2 also without regard to how long a chain gets."""
+        return self.under_way + (self.under_way and self.every_step)
+
+
 class StepLog:
     """Rank 0's reckoning of the bytes per step, single steps against the interval that was asked for."""
 
-    def __init__(self, config: Config, asked: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, config: Config, asked: Asked | None = None) -> None:
         """Nothing was measured yet.
 
         Args:
             config: the run's.
-            asked: whether a move asks for a save after every step.
+            asked: what a move asks for.
         """
-        self._asked, self._late = asked, 0
+        self._asked, self._late = asked or Asked(), 0
         self._every = config.every_steps or 0
         able = config.step_log == "auto" and config.delta and config.codec != "raw"
         self._on = able and 1 < self._every <= _MOST_STEPS
@@ -55,7 +74,7 @@ class StepLog:
             ratio: bytes sent over bytes of state.
             in_time: it was done before the next step was.
         """
-        if self._asked():
+        if self._asked.every_step:
             self._came_out_asked(in_time)
         if not self._on:
             return
@@ -78,10 +97,9 @@ class StepLog:
 
     def _obliges(self) -> bool:
         """Whether a move asks for single steps, and they pay."""
-        asked = self._asked()
-        if not asked:
+        if not self._asked.every_step:
             self._late = 0
-        return asked and self._late < _MOST_LATE
+        return self._asked.every_step and self._late < _MOST_LATE
 
     @property
     def watching(self) -> bool:

@@ -184,6 +184,7 @@ def prove(trip: Trip, out: Path, target: Cloud, args: argparse.Namespace) -> tup
     digests = [digest((out / "uninterrupted").as_uri(), options), digest(target.url, options, target.inside.options)]
     wrong, worst = compare(trip, exact=exact, digests=digests if exact else [])
     wrong += [f"{d.object}: {d.problem}" for d in checked.damage]
+    wrong += [] if trip.report["phase"] == "done" else [f"the move has not ended: {trip.report['text']}"]
     compared = len(trip.before.losses) + len(trip.after.losses)
     words = "to the last bit" if worst == 0 else f"to {100 * worst:.1g} %"
     good = [

@@ -24,7 +24,7 @@ from gpumove.leave.deadline import WORDS, Plan, Situation, expected, plan, remai
 from gpumove.leave.departure import Departure
 from gpumove.leave.messages import Decision, Result, Standing, outcome
 from gpumove.leave.requests import Requests, answer
-from gpumove.notices.notice import MOVE, Outcome
+from gpumove.notices.notice import Outcome
 from gpumove.saver import Saver
 from gpumove.staged import Cut, Seat
 from gpumove.state.capture import Capture
@@ -166,8 +166,7 @@ class Leaving:
         now = together(s.situation for s in ranks)
         if found is not None and found.step == self._step and found.epoch == self._book.epoch:
             return Decision(Plan("nothing", why="it is saved already"), newest=newest)
-        notice = self._departure.notice
-        if notice is not None and notice.source == MOVE and not self._requests.saves:
+        if self._requests.forgoes_save:
             why = f"the move goes on from step {newest}, since to train again takes less than to send a save"
             return Decision(Plan("nothing", why=why), newest=newest)
         if self._saver.last is not None and self._saver.last.step == self._step and now.flying:
@@ -185,7 +184,7 @@ class Leaving:
     # ---------------------------------------------------------------- one save
 
     def _begin(self, council: Council, capture: Capture, decision: Decision) -> SaveHandle:
-        self._runner.heed(decision.thrift)
+        self._runner.writer.heed(decision.thrift)
         if decision.plan.hurried:
             self._runner.hurry()
         planner = self._saver.planner

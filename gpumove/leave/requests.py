@@ -60,6 +60,12 @@ class Requests:
         self._thread = threading.Thread(target=watch.run, name="gpumove-requests", daemon=True)
         self._thread.start()
 
+    @property
+    def forgoes_save(self) -> bool:
+        """Whether it is a move that the job leaves for, and one that wants no save."""
+        notice = self._departure.notice
+        return not self.saves and notice is not None and notice.source == MOVE
+
     def slow_down(self) -> None:
         """Rest as long as a move wants it; nothing, as a rule."""
         if self.asked.every_step and self.asked.slow_s > 0:

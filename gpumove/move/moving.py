@@ -58,7 +58,7 @@ def move(
         from_options: of ``src``, for fsspec.
         to_options: of ``dst``.
         config: bounds; by default from the environment.
-        to_region: where ``dst`` lies, for a store that does not tell.
+        to_region: where the store lies that is copied to, if it does not tell.
         tell: told what happens.
         progress: told (bytes sent, bytes to send) of a round.
 

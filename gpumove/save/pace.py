@@ -36,6 +36,10 @@ class Pace:
         """Seconds per changed byte, by whether it was coded."""
         self._coding, self._row, self._began = True, 0, 0.0
 
+    def insist(self, *, always: bool) -> None:
+        """Whether everything is coded, from the next save on."""
+        self._always = always
+
     def begin(self) -> None:
         """A save begins."""
         with self._lock:

@@ -74,6 +74,11 @@ class PartWriter:
         self._cached: tuple[Sequence[Item], Cut] | None = None
         self._warned = False
 
+    def heed(self, thrift: int) -> None:
+        """From the next save on: 1 to code everything, 2 also in chains of any length; 0 as the settings say."""
+        self._pace.insist(always=thrift > 0 or self._config.codec == "small")
+        self._chain.lift(lifted=thrift > 1)
+
     def adopt(self, predecessor: Predecessor) -> None:
         """From now on saves are compared with this."""
         self._predecessor.close()

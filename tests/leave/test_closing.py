@@ -138,7 +138,7 @@ def test_a_save_that_codes_everything_is_hurried_if_it_would_not_fit(
         while not ckpt.step(step):
             job.train(step, step + 1)
             step += 1
-        assert not ckpt._runner._writer._pace._always, "it codes what pays only"
+        assert not ckpt._runner.writer._pace._always, "it codes what pays only"
     assert ckpt.notice is not None
     assert str(ckpt.notice.outcome) == f"durable: step {step}"
     assert "a save takes 60.0 s" in caplog.text

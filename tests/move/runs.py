@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from typing import Any
 
 import gpumove
 from gpumove.config import Config
+from gpumove.format import keys
 from gpumove.format.codec import digest
+from gpumove.format.manifest import FORMAT, Checkpoint, Manifest, Pack, Part, encode
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from tests.jobs import TrainingJob, new_job
@@ -97,6 +100,34 @@ def check(place: Place, truth: Mapping[int, str], steps: list[int]) -> None:
     assert found.sound, found.damage
     for step in steps:
         assert read(place, step) == (step, truth[step])
+
+
+def commit(log: Log, serial: int, packs: list[Pack], size: int, at: float) -> None:
+    """A checkpoint of packs whose bytes mean nothing."""
+    attempt = keys.attempt_name(log.epoch or 0, serial)
+    data = os.urandom(size)
+    packs.append(Pack(attempt, digest(data), size))
+    log.store.put(packs[-1].key, data)
+    common = {"format": FORMAT, "run": log.run, "attempt": attempt, "step": serial, "world_size": 1}
+    part = encode(Part(**common, rank=0, packs=tuple(packs)))  # type: ignore[arg-type]
+    key = keys.part_key(attempt, rank=0, digest=digest(part), plan="0" * 16, new_bytes=size)
+    log.store.put(key, part)
+    receipt = keys.read_receipt(key)
+    assert receipt is not None
+    manifest = encode(
+        Manifest(
+            **common, epoch=log.epoch or 0, time=at, state_bytes=size, new_bytes=size, plan=digest(b""),  # type: ignore[arg-type]
+            parts=(receipt.ref(len(part)),),
+        )
+    )  # fmt: skip
+    log.store.put(keys.manifest_key(attempt, digest(manifest)), manifest)
+    log.append(
+        lambda view, number: Checkpoint(
+            format=FORMAT, number=number, epoch=log.epoch or 0, writer=log.writer, time=at, step=serial,
+            attempt=attempt, manifest=digest(manifest), manifest_bytes=len(manifest), world_size=1, state_bytes=size,
+            new_bytes=size,
+        )
+    )  # fmt: skip
 
 
 def replicate(source: Place, target: Place, **more: Any) -> Any:

@@ -102,7 +102,10 @@ def under_way(stage: Stage) -> bool:
     return move is not None
 
 
-@pytest.mark.parametrize(("mode", "stride"), [("before", 3), ("after", 4), ("lost", 7)])
+_EVERY_CALL = [pytest.param(mode, 1, marks=pytest.mark.slow) for mode in ("before", "after", "lost")]
+
+
+@pytest.mark.parametrize(("mode", "stride"), [("before", 3), ("after", 4), ("lost", 7), *_EVERY_CALL])
 def test_whenever_it_dies_it_is_resumed(recorded: Place, mode: Mode, stride: int) -> None:
     for stage, when in crashes(recorded, mode, stride):
         had = stage.steps(stage.source)
@@ -117,7 +120,7 @@ def test_whenever_it_dies_it_is_resumed(recorded: Place, mode: Mode, stride: int
             raise
 
 
-@pytest.mark.parametrize(("mode", "stride"), [("before", 4), ("after", 3)])
+@pytest.mark.parametrize(("mode", "stride"), [("before", 4), ("after", 3), *_EVERY_CALL[:2]])
 def test_whenever_it_dies_it_is_taken_back(recorded: Place, mode: Mode, stride: int) -> None:
     for stage, when in crashes(recorded, mode, stride):
         had = stage.steps(stage.source)

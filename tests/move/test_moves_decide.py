@@ -13,17 +13,21 @@ import pytest
 from gpumove.cli import main
 from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError
-from gpumove.format.manifest import FORMAT, Checkpoint
+from gpumove.format.manifest import FORMAT, Checkpoint, Pack
+from gpumove.format.stored import Stored
 from gpumove.from_env import Word
 from gpumove.inspection.condition import explain
 from gpumove.job.outcome import MOVED, judge, stayed
 from gpumove.job.progress import Progress
 from gpumove.leave.departure import Departure
 from gpumove.leave.requests import Requests, answer, standing
+from gpumove.meeting import Chair, Report, Verdict
 from gpumove.move.cutover import Standing, decide, ship_or_replay, step_s
 from gpumove.move.rounds import Forecast
 from gpumove.notices.notice import MOVE, Outcome
-from gpumove.steplog import StepLog
+from gpumove.save.chain import Chain
+from gpumove.save.pace import Pace
+from gpumove.steplog import Asked, StepLog
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from tests.move.runs import CONFIG, Place, memory
@@ -91,11 +95,11 @@ def test_ship_or_replay(rate: float | None, save: bool) -> None:
 
 
 def test_single_steps_are_saved_where_a_move_asks_and_as_long_as_they_are_in_time() -> None:
-    asked = [False]
-    log = StepLog(Config(every_steps=100), lambda: asked[0])
+    asked = Asked()
+    log = StepLog(Config(every_steps=100), asked)
     assert not log.watching
     assert not log.wants()
-    asked[0] = True
+    asked.every_step = True
     for step in range(1, 9):
         assert log.watching
         assert log.wants()
@@ -104,10 +108,70 @@ def test_single_steps_are_saved_where_a_move_asks_and_as_long_as_they_are_in_tim
         log.came_out(step, 0.1, in_time=False)
     assert not log.wants()
     assert not log.watching
-    asked[0] = False
+    asked.every_step = False
     assert not log.wants()
-    asked[0] = True
+    asked.every_step = True
     assert log.wants()
+
+
+def test_what_a_move_asks_of_the_writers() -> None:
+    assert Asked().thrift == 0
+    assert Asked(under_way=True).thrift == 1
+    assert Asked(under_way=True, every_step=True).thrift == 2
+    pace = Pace(always=False, never=False, threads=1)
+    for _ in range(40):  # raw is quicker by far: it is not coded any more
+        pace.begin()
+        if pace.share:
+            time.sleep(0.002)
+        pace.put_begins()
+        pace.put_ends(2 << 30)
+        pace.end(2 << 20)
+    pace.begin()
+    assert pace.share == 0.0
+    pace.insist(always=True)
+    pace.begin()
+    assert pace.share == 1.0
+    raw = Pace(always=False, never=True, threads=1)
+    raw.insist(always=True)
+    raw.begin()
+    assert raw.share == 0.0, "who wants it raw gets it raw"
+
+
+def test_chains_go_on_while_a_move_asks_for_single_steps() -> None:
+    def save(number: int, *bases: Stored) -> Stored:
+        name = f"00000001-{number:08d}"
+        pack = Pack(attempt=name, nbytes=600, digest="d" * 32)
+        return Stored(pack, 0, 600, "delta", "d" * 32, 1000, bases)
+
+    row = [save(1)]
+    for number in range(2, 70):
+        row.append(save(number, row[-1]))
+    chain = Chain(max_chain=16, max_amplification=2.0)
+    assert chain.goes_on([row[0]], "adam")
+    assert not chain.goes_on([row[5]], "adam")
+    chain.lift(lifted=True)
+    assert chain.goes_on([row[5]], "adam")
+    assert chain.goes_on([row[60]], "adam")
+    assert not chain.goes_on([row[66]], "adam")
+    chain.lift(lifted=False)
+    assert not chain.goes_on([row[5]], "adam")
+
+
+def test_no_save_that_is_only_due_is_begun_while_a_move_copies() -> None:
+    asked = Asked(under_way=True, hold=True)
+    chair = Chair(Config(every_steps=10, every_s=None), 0.0, lambda vitals, step: None, asked)
+
+    def meet(step: int, *, force: bool = False) -> Verdict:
+        verdict = chair.decide(step, [msgspec.msgpack.encode(Report(step))], None, force=force, now=float(step))
+        assert verdict.error is None
+        return verdict
+
+    assert meet(10).save is False
+    assert meet(10).next_meeting == 20
+    assert meet(15, force=True).save is True, "who asks for one gets it"
+    assert meet(20).save is False
+    asked.hold = False
+    assert (meet(30).save, meet(30).thrift) == (True, 1)
 
 
 # -------------------------------------------------------------------- in words
@@ -247,13 +311,13 @@ def test_a_job_hears_answers_and_is_asked(store: Store) -> None:
     until(lambda: again(store).view.move.facts == {"job": {"save_s": 1.5}})  # type: ignore[union-attr]
     tool.follow()
     say(tool, "begin", facts={"job": {}, "every_step": True, "slow_s": 0.1})
-    until(job.requests.wanted)
-    assert job.requests.slow_s == 0.1
+    until(lambda: job.requests.asked.every_step)
+    assert (job.requests.asked.slow_s, job.requests.asked.thrift) == (0.1, 2)
     assert job.departure.notice is None
     say(tool, "request", save=False)
     until(lambda: job.departure.notice is not None)
     assert not job.requests.saves
-    assert not job.requests.wanted()
+    assert not job.requests.asked.every_step
     notice = job.departure.notice
     assert notice is not None
     assert (notice.source, notice.detail) == (MOVE, f"to {THERE}")

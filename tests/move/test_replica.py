@@ -148,8 +148,10 @@ def test_going_back_at_the_source_is_gone_back_at_the_replica(trained: tuple[Pla
         with place.log() as log:
             assert log.view.find().step == 3  # type: ignore[union-attr]
         assert replicate(source, place).steps == ()
+    fresh = memory()
+    assert replicate(source, fresh, step="all").steps == (1, 2, 3)  # not what was left behind
     truth = trained[1] | train(source, 4)
-    for place in (target, other):
+    for place in (target, other, fresh):
         assert replicate(source, place).newest == 4
         assert read(place) == (4, truth[4])
 

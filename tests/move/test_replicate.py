@@ -142,6 +142,25 @@ def test_killed_again_and_again_it_goes_on_where_it_was(tmp_path: Path, s3_serve
     check(Place(f"{s3_server.url}/killed", s3_server.options), truth, [1, 2, 3, 4, 5, 6])
 
 
+def test_a_replicator_that_was_asleep_finds_another_one_in_its_place(tmp_path: Path) -> None:
+    source, target = Place(str(tmp_path / "run")), Place(str(tmp_path / "copy"))
+    truth = train(source, 1)
+    with started(source, target, "--follow", "--json") as asleep:
+        assert asleep.stdout is not None
+        assert json.loads(asleep.stdout.readline())["round"]["step"] == 1
+        asleep.send_signal(signal.SIGSTOP)
+        truth |= train(source, 2)
+        assert replicate(source, target).steps == (2,)
+        truth |= train(source, 3)
+        asleep.send_signal(signal.SIGCONT)
+        out, err = asleep.communicate(timeout=60)
+        assert asleep.returncode == 40, err
+        assert json.loads(out)["code"] == "fenced"
+    assert target.steps() == [1, 2]
+    replicate(source, target)
+    check(target, truth, [1, 2, 3])
+
+
 # -------------------------------------------------------------------- the command
 
 

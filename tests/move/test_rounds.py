@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,15 +14,14 @@ from hypothesis import strategies as st
 from gpumove.config import Config
 from gpumove.errors import FencedError
 from gpumove.format import keys
-from gpumove.format.codec import digest
-from gpumove.format.manifest import FORMAT, Checkpoint, Manifest, Pack, Part, encode
+from gpumove.format.manifest import FORMAT, Checkpoint
 from gpumove.move.copier import Copier
 from gpumove.move.replica import Replica
 from gpumove.move.rounds import Forecast, Measured, Round, Rounds, forecast, measure
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from tests.jobs import TrainingJob
-from tests.move.runs import check, memory, train
+from tests.move.runs import check, commit, memory, train
 
 NUMBERS = st.floats(1e-3, 1e12)
 SECONDS = st.floats(0, 1e6)
@@ -112,34 +110,6 @@ def test_the_link_is_as_fast_as_it_was_for_rounds_of_about_that_size() -> None:
 
 
 # -------------------------------------------------------------------- what was foretold
-
-
-def commit(log: Log, serial: int, packs: list[Pack], size: int, at: float) -> None:
-    """A checkpoint of packs whose bytes mean nothing."""
-    attempt = keys.attempt_name(log.epoch or 0, serial)
-    data = os.urandom(size)
-    packs.append(Pack(attempt, digest(data), size))
-    log.store.put(packs[-1].key, data)
-    common = {"format": FORMAT, "run": log.run, "attempt": attempt, "step": serial, "world_size": 1}
-    part = encode(Part(**common, rank=0, packs=tuple(packs)))  # type: ignore[arg-type]
-    key = keys.part_key(attempt, rank=0, digest=digest(part), plan="0" * 16, new_bytes=size)
-    log.store.put(key, part)
-    receipt = keys.read_receipt(key)
-    assert receipt is not None
-    manifest = encode(
-        Manifest(
-            **common, epoch=log.epoch or 0, time=at, state_bytes=size, new_bytes=size, plan=digest(b""),  # type: ignore[arg-type]
-            parts=(receipt.ref(len(part)),),
-        )
-    )  # fmt: skip
-    log.store.put(keys.manifest_key(attempt, digest(manifest)), manifest)
-    log.append(
-        lambda view, number: Checkpoint(
-            format=FORMAT, number=number, epoch=log.epoch or 0, writer=log.writer, time=at, step=serial,
-            attempt=attempt, manifest=digest(manifest), manifest_bytes=len(manifest), world_size=1, state_bytes=size,
-            new_bytes=size,
-        )
-    )  # fmt: skip
 
 
 @pytest.fixture
