@@ -6,7 +6,7 @@ PYTEST := $(PY) -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools test test-slow test-gpu lint format types demo move-demo bench clean distclean
+.PHONY: help venv tools browser test test-slow test-gpu lint format types demo move-demo bench clean distclean
 MAKEFLAGS += --no-print-directory
 
 help: ## list the targets
@@ -27,8 +27,11 @@ tools: ## install the object-store servers of the tests into .tools
 test: venv tools ## all tests but the slow ones and those that need a GPU (ARGS="-k name" goes to pytest)
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
-test-slow: venv tools ## the slow tests
+test-slow: venv tools browser ## the slow tests
 	@$(PYTEST) -m "slow and not gpu" $(ARGS)
+
+browser: ## install Chromium and the checkers of the report's page (400 MB, for one slow test)
+	@tools/install-test-browser
 
 test-gpu: venv ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu $(ARGS)

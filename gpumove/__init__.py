@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         LayoutError,
         StoreError,
     )
+    from gpumove.estimates.estimate import estimate
     from gpumove.format.manifest import Manifest
     from gpumove.handle import SaveHandle
     from gpumove.inspection.run import checkpoints, verify
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from gpumove.notices.notice import Notice
     from gpumove.reader import load
     from gpumove.state.loader import ElasticLoader
+    from gpumove.telemetry import metrics, observe
 
 _HOMES = {
     "Checkpointer": "gpumove.checkpointer",
@@ -46,7 +48,10 @@ _HOMES = {
     "SaveHandle": "gpumove.handle",
     "StoreError": "gpumove.errors",
     "checkpoints": "gpumove.inspection.run",
+    "estimate": "gpumove.estimates.estimate",
     "load": "gpumove.reader",
+    "metrics": "gpumove.telemetry",
+    "observe": "gpumove.telemetry",
     "replicate": "gpumove.move.replicate",
     "stage": "gpumove.data.stage",
     "verify": "gpumove.inspection.run",
@@ -67,7 +72,10 @@ __all__ = [
     "StoreError",
     "__version__",
     "checkpoints",
+    "estimate",
     "load",
+    "metrics",
+    "observe",
     "replicate",
     "stage",
     "verify",

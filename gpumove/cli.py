@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
-from gpumove import cli_move, cli_moving, cli_report, cli_run
+from gpumove import cli_estimate, cli_move, cli_moving, cli_report, cli_run
 from gpumove import cli_tables as tables
 from gpumove.cli_options import parse_size, storage_options, whole
 from gpumove.cli_tables import Screen
@@ -196,6 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli_run.add(verb)
     cli_move.add(verb)
     cli_moving.add(verb)
+    cli_estimate.add(verb)
     cli_report.add(verb)
     return parser
 

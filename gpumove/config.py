@@ -55,6 +55,8 @@ class Config:
     """Whose unchanged tensors are looked for and not copied: ``"host"``, ``"all"`` (on devices too) or ``"off"``."""
     trace_dir: str | None = None
     """A local folder that gets one trace of every save and rank: what ran when, for chrome://tracing or Perfetto."""
+    metrics_file: str | None = None
+    """A local file that rank 0 keeps the numbers of the newest save in, for Prometheus' text file collector."""
     overlap: bool = True
     """Copy beside forward and backward, waited for before the next optimizer step. ``False`` copies at once."""
     budget_bytes: int = 256 * _MIB

@@ -9,7 +9,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 
 import torch
 
@@ -37,6 +36,7 @@ from gpumove.state.staging import Stager
 from gpumove.store.gc import Retention
 from gpumove.store.log import Log
 from gpumove.store.retry import unless
+from gpumove.telemetry import Telemetry
 
 _log = logging.getLogger("gpumove")
 _SIGHT_S = 2.0
@@ -48,7 +48,8 @@ class Runner:
     """Runs saves in the background of one rank."""
 
     def __init__(self, log: Log, config: Config, stager: Stager, *, rank: int) -> None:
-        self._log_book, self._config, self._rank = log, config, rank
+        self._log_book, self._config = log, config
+        self._telemetry = Telemetry(config, rank=rank)
         self._stager = stager
         self._kept_bytes, self._keeps = 0, False
         self.writer = PartWriter(log.store, config)
@@ -159,24 +160,16 @@ class Runner:
             say_failure(self._log_book.store, handle.attempt, staged.seat.rank, error)
             return
         finally:
-            self._write_trace(handle)
+            self._telemetry.ended(handle, run=self._log_book.run)
         if self._keeper is not None and not self.leaving():
             with unless(self.leaving):
                 self._keeper.retain()
-
-    def _write_trace(self, handle: SaveHandle) -> None:
-        if self._config.trace_dir is None:
-            return
-        name = f"step-{handle.step:010d}-{handle.attempt}-rank-{self._rank:06d}.json"
-        try:
-            handle.trace.write(Path(self._config.trace_dir) / name, rank=self._rank)
-        except OSError as error:  # it is for people: it never costs a save
-            _log.warning("the trace of step %d could not be written: %s", handle.step, error)
 
     def fail(self, handle: SaveHandle, seat: Seat, error: BaseException) -> None:
         """A save that did not get as far as the background: end it, and leave word for the committer."""
         handle.finish(error)
         self._thread.submit(say_failure, self._log_book.store, handle.attempt, seat.rank, error)
+        self._thread.submit(self._telemetry.ended, handle, run=self._log_book.run)
 
     def hurry(self) -> None:
         """From now on all is written, and coded only where that is quicker, whatever the settings ask for."""

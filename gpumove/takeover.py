@@ -94,9 +94,7 @@ class Takeover:
                 found = [c for c in reversed(sound) if c.step == step][:1]
                 if not found:
                     raise ConfigError(f"{self._book.store.url} has no sound checkpoint of step {step}")
-            claim = self._book.claim(
-                resumed=found[0].number if found else None, regions=self._config.allowed_regions
-            )
+            claim = self._book.claim(resumed=found[0].number if found else None, regions=self._config.allowed_regions)
             before = past([(c.time, c.epoch) for c in view.checkpoints], claim.epoch)
             return Claimed(run, claim.epoch, found, before)
         except GpumoveError as error:

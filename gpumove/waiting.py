@@ -1,7 +1,8 @@
 """Waiting for a run that is on its way here: all ranks look for it together, and keep what it will need warm.
 
-Rank 0 alone reads the log. All ranks meet every half second for a few bytes: what they learn so is whether to go on
-waiting, and that all of them are still there. Nothing is written, neither here nor into the log, before all may begin.
+Rank 0 alone reads the log. All ranks meet about twice a second for a few bytes: what they learn so is whether to go on
+waiting, and that all of them are still there. Nothing is written here before all may begin, and into the log only what
+taking it up takes: a move foretells its blackout from that.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import TypeVar
 
 import msgspec
 
 from gpumove.config import Config
-from gpumove.errors import IntegrityError, StoreError, describe, rebuild
+from gpumove.errors import FencedError, IntegrityError, StoreError, describe, rebuild
 from gpumove.fetch import fetch
 from gpumove.format.manifest import Checkpoint
 from gpumove.meeting import Described, Told
@@ -76,6 +78,9 @@ class Waiting:
         self._said = ""
         self._work: Future[Contents | None] | None = None
         self._tried, self._rehearsed = 0, False
+        self._read_s = 0.0
+        self._facts: dict[str, float] = {}
+        self._told_facts: dict[str, float] | None = None
 
     def run(self) -> Told | None:
         """Wait until the run may be claimed.
@@ -147,8 +152,10 @@ class Waiting:
     # ---------------------------------------------------------------- rank 0: the log
 
     def _look_again(self) -> None:
-        """Take in what the last look has found, and begin the next one."""
-        if self._look is not None and self._look.done():
+        """Take in what the log says now, if the store tells in time; the other ranks wait here too."""
+        self._look = self._look or self._start(self._read_log)
+        wait([self._look], timeout=_PAUSE_S)
+        if self._look.done():
             look, self._look = self._look, None
             try:
                 self._view = look.result()
@@ -156,14 +163,29 @@ class Waiting:
                 if error.code not in _PASSING:
                     raise
                 _log.warning("the wait goes on: %s", error)
-        if self._look is None:
-            self._look = self._start(self._read_log)
 
     def _read_log(self) -> View | None:
         if not self._book.run and not self._book.open(create=False):
             return None
         self._book.follow()
+        if self._told_facts != self._facts:
+            self._say_waiting(self._book.view)
         return self._book.view
+
+    def _say_waiting(self, view: View) -> None:
+        """Tell a move that a job waits here, and later on how long it will take to go on after the handover."""
+        begun, facts = view.move, dict(self._facts)
+        if not view.follows or (begun is not None and begun.state == "cancelled"):
+            return  # a withdrawal must stay the last word, or somebody might still hand over
+
+        def check(now: View) -> None:
+            if now.follows != view.follows or now.move != begun:
+                raise FencedError(f"{self._book.store.url}: its move has gone on")
+
+        with suppress(FencedError):
+            name, told = "0" * 16 if begun is None else begun.move, {"job": facts}
+            self._book.move("begin", move=name, other=view.follows, facts=told, text="a job waits here", check=check)
+            self._told_facts = facts
 
     # ---------------------------------------------------------------- every rank: what the newest checkpoint needs
 
@@ -193,8 +215,10 @@ class Waiting:
             self._work = self._start(lambda: self._read(newest))
 
     def _read(self, checkpoint: Checkpoint) -> Contents:
-        rank, stream = self._peers.rank, self._job.stream()
-        return read_contents(self._book.store, checkpoint, rank=rank, config=self._config, stream=stream)
+        rank, stream, began = self._peers.rank, self._job.stream(), time.perf_counter()
+        contents = read_contents(self._book.store, checkpoint, rank=rank, config=self._config, stream=stream)
+        self._read_s = time.perf_counter() - began
+        return contents
 
     def _bring_up(self, contents: Contents, targets: Targets) -> None:
         wanted = wants(contents, targets)
@@ -208,4 +232,7 @@ class Waiting:
             self._rehearsed = True
             began = time.perf_counter()
             fetch(self._book.store, wanted, config=self._config, held=self.warm.get)
-            _log.info("taking it up takes %.2f s", time.perf_counter() - began)
+            took_s = time.perf_counter() - began
+            # Besides: the next look at the log, and the claim, which asks the store about as often as records do.
+            self._facts = {"restore_s": round(took_s + _PAUSE_S + 2 * self._read_s, 3)}
+            _log.info("taking it up takes %.2f s", took_s)

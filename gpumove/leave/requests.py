@@ -10,7 +10,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Collection
+from statistics import median
 
 from gpumove.errors import FencedError, GpumoveError
 from gpumove.format.manifest import Move
@@ -25,6 +26,7 @@ _log = logging.getLogger("gpumove")
 _POLL_S, _GLANCE_S = 2.0, 0.02
 """Between two looks at the log, and at this rank's own step while the first one is waited for."""
 _FAREWELL_S = 2.0
+_RECENT, _NEWS = 3, 0.25
 WISH_S = 900.0
 """What a move asks of the saves is done for so long after it has said so last."""
 
@@ -32,19 +34,17 @@ WISH_S = 900.0
 class Requests:
     """Rank 0's. The others hear of a request over the board, as of any notice."""
 
-    def __init__(
-        self, book: Log, departure: Departure, *, patience_s: float, save_s: Callable[[], float | None]
-    ) -> None:
+    def __init__(self, book: Log, departure: Departure, *, patience_s: float, took: Collection[float] = ()) -> None:
         """Nothing is asked yet.
 
         Args:
             book: the job's log.
             departure: how all ranks leave.
             patience_s: what a request leaves for a save: nobody takes the machine.
-            save_s: what a save is expected to take, if that is known.
+            took: seconds of the last saves; it grows.
         """
-        self._book, self._departure = book, departure
-        self.patience_s, self.save_s = patience_s, save_s
+        self._book, self._departure, self._took = book, departure, took
+        self.patience_s = patience_s
         self.saves = True
         """Whether the move wants one."""
         self.asked = Asked()
@@ -59,6 +59,12 @@ class Requests:
         watch = _Watch(self, self._book, self._departure, self._ended)
         self._thread = threading.Thread(target=watch.run, name="gpumove-requests", daemon=True)
         self._thread.start()
+
+    @property
+    def save_s(self) -> float | None:
+        """What a save takes, as the last few did."""
+        last = list(self._took)[-_RECENT:]
+        return median(last) if last else None
 
     @property
     def forgoes_save(self) -> bool:
@@ -111,6 +117,7 @@ class _Watch:
             self._hear(self._log.view)
             if time.monotonic() - self._heard_at > WISH_S:
                 self._ask(None)  # whoever wished it says so anew, or is not there any more
+            self._say_news(self._log.view.move)
             if self._first is not None and self._due():
                 self._say_arrived(*self._first)
             self._failed = False
@@ -127,7 +134,8 @@ class _Watch:
         self._heard = move.number
         if move.state == "begin" and "job" not in move.facts and not self._ended.is_set():
             self._say_heard(move)
-        self._heard_at = time.monotonic()
+        if move.writer != self._log.writer:
+            self._heard_at = time.monotonic()
         self._ask(move if move.state in ("begin", "request") else None)
         if standing(view, self._epoch) is not None and not self._ended.is_set():
             self._wishes.saves = move.save
@@ -139,6 +147,14 @@ class _Watch:
         asked.every_step, asked.hold = bool(facts.get("every_step")), bool(facts.get("hold"))
         asked.slow_s = float(facts.get("slow_s", 0.0))
 
+    def _say_news(self, move: Move | None) -> None:
+        """If saves take longer or shorter by now than the move was told, tell it."""
+        if move is None or move.state != "begin" or "job" not in move.facts or self._ended.is_set():
+            return
+        told, now = move.facts["job"].get("save_s"), self._wishes.save_s
+        if now is not None and (told is None or not (1 - _NEWS) * told <= now <= (1 + _NEWS) * told + 0.01):
+            self._say_heard(move)
+
     def _say_heard(self, begun: Move) -> None:
         """Tell the move that somebody is there, and what a save takes: it foretells the blackout."""
 
@@ -146,7 +162,7 @@ class _Watch:
             if view.move != begun:
                 raise FencedError(f"{self._log.store.url}: the move has gone on meanwhile")
 
-        save_s = self._wishes.save_s()
+        save_s = self._wishes.save_s
         facts = {name: value for name, value in begun.facts.items() if name != "idle"}
         facts["job"] = {} if save_s is None else {"save_s": round(save_s, 3)}
         with contextlib.suppress(FencedError):

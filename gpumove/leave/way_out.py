@@ -14,7 +14,6 @@ from gpumove.errors import ConfigError, GpumoveError, StoreError
 from gpumove.from_env import Worker
 from gpumove.handle import SaveHandle
 from gpumove.leave.board import open_board
-from gpumove.leave.deadline import expected
 from gpumove.leave.departure import Departure
 from gpumove.leave.leaving import Leaving
 from gpumove.leave.messages import Result, outcome
@@ -37,8 +36,7 @@ class WayOut:
 
     def __init__(self, config: Config, peers: Peers, saver: Saver, log: Log) -> None:
         self.departure = Departure(grace_s=config.grace_s, peer_s=config.peer_s)
-        save_s = lambda: expected(saver.runner.took)  # noqa: E731
-        self.requests = Requests(log, self.departure, patience_s=config.peer_s, save_s=save_s)
+        self.requests = Requests(log, self.departure, patience_s=config.peer_s, took=saver.runner.took)
         self._leaving = Leaving(self.departure, saver, log, config, requests=self.requests)
         self._peers, self._saver, self._book = peers, saver, log
         first_here = peers.rank % config.ranks_here() == 0

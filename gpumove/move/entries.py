@@ -76,6 +76,11 @@ class Entries:
         self.entry_s = time.monotonic() - began
         self.event(state, text if log is self.source else f"at the target: {text}", known)
 
+    def wait(self, why: str) -> None:
+        """Nothing happens, and why; said once in a row."""
+        if not self.told or (self.told[-1].state, self.told[-1].text) != ("wait", why):
+            self.event("wait", why)
+
     def event(self, state: str, text: str, facts: Mapping[str, Any] | None = None) -> None:
         """Something has happened."""
         self.told.append(Event(time.time(), state, text, facts or {}))

@@ -6,6 +6,7 @@ or that somebody else has carried on, is resumed by looking anew. Order and mean
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from gpumove.errors import ConfigError, IntegrityError, StoreError
 from gpumove.format.manifest import Checkpoint, Move
 from gpumove.move.checks import check_ends
 from gpumove.move.copier import Progress
-from gpumove.move.cutover import Choice
+from gpumove.move.cutover import Choice, Next
 from gpumove.move.entries import Entries, OvertakenError
+from gpumove.move.herald import Herald
 from gpumove.move.phase import Ends, Phase, phase
 from gpumove.move.precopy import Precopy, describe
 from gpumove.move.report import Event, Report, Wishes
@@ -76,16 +78,16 @@ class Mover:
             Phase.ARRIVED: self._finish,
         }
         returned = False
-        while (now := self.look()) is not Phase.DONE and not (returned and now is Phase.FRESH):
-            # What may be dropped at the target is not dropped while nobody trains.
-            self.rounds.keep = None if now is Phase.COPYING else Retention()
-            if now is Phase.HANDED and not self._wait_for_arrival():
-                return self.report(now, "handed over; nobody has trained at the target yet")
-            returned = now is Phase.RETURNING
-            try:
-                do.get(now, lambda: None)()
-            except OvertakenError:
-                continue
+        with Herald(self.source, self._precopy.outpaced) as herald:
+            while (now := self.look()) is not Phase.DONE and not (returned and now is Phase.FRESH):
+                herald.copying = now is Phase.COPYING
+                # What may be dropped at the target is not dropped while nobody trains.
+                self.rounds.keep = None if herald.copying else Retention()
+                if now is Phase.HANDED and not self._wait_for_arrival():
+                    return self.report(now, "handed over; nobody has trained at the target yet")
+                returned = now is Phase.RETURNING
+                with contextlib.suppress(OvertakenError):
+                    do.get(now, lambda: None)()
         return self.report(now, "the run was handed back to the source" if returned else "the run has moved")
 
     def look(self) -> Phase:
@@ -126,22 +128,23 @@ class Mover:
         following = self._precopy.next_step()
         match following.step:
             case "round" | "wait":
-                self._round(following.step)
+                self._round(following)
             case "steps" | "usual":
-                self._hasten(following.step == "steps")
+                self._hasten(following.step == "steps", following.why)
             case "cut":
                 self._request(self._precopy.choose(time.time()), following.why)
             case "stop":
                 self._entries.enter("cancelled", text=following.why)
                 raise self._precopy.too_long(following.why)
 
-    def _round(self, step: str) -> None:
+    def _round(self, following: Next) -> None:
         try:
-            if step == "round" and self._bring():
+            if following.step == "round" and self._bring():
                 self._precopy.count()
                 return
         except IntegrityError as error:
             self._entries.event("damaged", f"a checkpoint is passed over: {error}")
+        self._entries.wait(following.why)
         self._precopy.wait(_POLL_S)
 
     def _bring(self) -> bool:
@@ -151,11 +154,11 @@ class Mover:
             self._entries.event("round", describe(found))
         return found is not None
 
-    def _hasten(self, every_step: bool) -> None:
-        """Ask the job to save after every step, or no longer."""
+    def _hasten(self, every_step: bool, why: str) -> None:
+        """Ask the job to save after every step, or as usual."""
         assert self.source.view.move is not None
-        facts = {**self.source.view.move.facts, "every_step": every_step, "slow_s": self.wishes.slow_s}
-        text = "a save after every step, from now on" if every_step else "saves as usual: the link does not keep up"
+        facts = {**self.source.view.move.facts, "every_step": every_step, "slow_s": self.wishes.slow_s, "hold": False}
+        text = f"{'a save after every step' if every_step else 'saves as usual'}, from now on: {why}"
         self._entries.enter("begin", facts=facts, text=text)
         if not every_step:
             self._precopy.usual()

@@ -14,6 +14,8 @@ from gpumove.move.rounds import Forecast, Measured, Round, Rounds, measure
 
 _COMMIT_S = 600.0
 """A commit is waited for at least so long."""
+_WARM_S = 600.0
+"""How long a job that waits at the target is given to read ahead what is there."""
 _SINGLE_STEPS = 4
 """Commits of single steps after which it is known whether the link keeps up with them."""
 
@@ -25,7 +27,9 @@ class Precopy:
         self._rounds, self._max_blackout_s = rounds, wishes.max_blackout_s
         self._wants_steps, self._steps_since = wishes.every_step, -1
         self._heard, self._hear_s = False, min(wishes.hear_timeout_s, wishes.leave_timeout_s)
-        self._until: float | None = None
+        self._since: float | None = None
+        self._held, self._expects = False, wishes.arrive_timeout_s > 0
+        self._at_target: dict[str, float] | None = None
         self._steady = 0
         self._save_s: float | None = None
         self._handover_s: float | None = None
@@ -39,7 +43,7 @@ class Precopy:
             facts: the entry's; the job has put in what it has measured.
             entry_s: what an entry takes.
         """
-        self._heard = "job" in facts
+        self._heard, self._held = "job" in facts, bool(facts.get("hold"))
         self._save_s = facts.get("job", {}).get("save_s", self._save_s)
         self._handover_s = None if entry_s is None else 3 * entry_s  # the seal, the handover, and the job's claim
         if facts.get("every_step") and self._steps_since < 0:
@@ -53,11 +57,14 @@ class Precopy:
         self._standing = Standing(self._forecast(left or 0), left, delta_bytes, done, self._steady)
         following = decide(self._standing, self._max_blackout_s)
         more = Next("wait" if left is None else "round", "to see whether the link keeps up with single steps")
-        if following.is_end and not self._heard and self._hopes():
-            return Next("wait", "the job has not said a word yet")
+        if following.is_end and self._hopes():
+            helps = left is not None and self._standing.forecast.converges
+            return Next("round" if helps else "wait", "a job has not said yet what it will take")
         if following.is_end and self._wants_steps:
             self._wants_steps = False
             return Next("steps", "the copy is as current as it gets")
+        if self._held and following.step == "wait":
+            return Next("usual", "a later commit is waited for")
         if self._steps_since < 0:
             return following
         if len(self._commits()) - self._steps_since < _SINGLE_STEPS and not view.sealed:
@@ -67,9 +74,20 @@ class Precopy:
         return following
 
     def _hopes(self) -> bool:
-        """Whether the job may still say that it is there, and what a save takes."""
-        self._until = self._until or time.monotonic() + self._hear_s
-        return time.monotonic() < self._until
+        """Whether a job may still say that it is there and what it will take, or has begun to read ahead."""
+        now = time.monotonic()
+        self._since = self._since or now
+        silent = not self._heard or (self._at_target is None and self._expects)
+        if self._at_target is not None and "restore_s" not in self._at_target:
+            return now < self._since + _WARM_S
+        return silent and now < self._since + self._hear_s
+
+    def outpaced(self) -> bool:
+        """Whether commits come faster than they can be sent, as far as the first round can tell."""
+        found = self._measured()
+        if self._rounds.done or not found.rate_bytes_s or not found.every_s or not found.delta_bytes:
+            return False
+        return found.delta_bytes / found.rate_bytes_s > found.every_s
 
     def usual(self) -> None:
         """The job saves as usual again."""
@@ -110,7 +128,10 @@ class Precopy:
         return measure(self._rounds.done, self._commits(), record_bytes=replica.record_bytes, rate_bytes_s=rate_bytes_s)
 
     def _forecast(self, left_bytes: int) -> Forecast:
-        parts = {"leave": self._save_s, "handover": self._handover_s}
+        target = self._rounds.replica.target.view
+        self._at_target = target.move.facts.get("job") if target.follows and target.move is not None else None
+        restore_s = (self._at_target or {}).get("restore_s")
+        parts = {"leave": self._save_s, "handover": self._handover_s, "restore": restore_s}
         known = {name: seconds for name, seconds in parts.items() if seconds is not None}
         if left_bytes and (rate := self._measured().rate_bytes_s):
             known["behind"] = left_bytes / rate
@@ -131,7 +152,8 @@ class Precopy:
             return "nothing is known of the blackout to expect"
         parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.1f} s" for name, seconds in expected.parts.items())
         unsure = "" if self._heard else "; no job has said a word so far"
-        return f"a blackout of {expected.blackout_s:.1f} s and the restore is to be expected ({parts}){unsure}"
+        also = "" if "restore" in expected.parts else " and the restore"  # no job waits at the target, or says so
+        return f"a blackout of {expected.blackout_s:.1f} s{also} is to be expected ({parts}){unsure}"
 
     def too_long(self, why: str) -> ConfigError:
         """What to raise if no blackout is short enough."""

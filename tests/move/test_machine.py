@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from gpumove.errors import ConfigError, FencedError, StoreError
 from gpumove.format import keys
 from gpumove.move.entries import OvertakenError
+from gpumove.move.herald import Herald
 from gpumove.move.report import Event, Wishes
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
@@ -36,7 +38,7 @@ def stage(recorded: Place) -> Iterator[Stage]:
 
 
 def states(stage: Stage) -> list[str]:
-    return [event.state for event in stage.events if event.state != "round"]
+    return [event.state for event in stage.events if event.state not in ("round", "wait")]
 
 
 def test_a_move_from_its_begin_to_its_end(stage: Stage) -> None:
@@ -356,6 +358,51 @@ def test_a_commit_is_not_waited_for_for_ever(stage: Stage, monkeypatch: pytest.M
         stage.move(_wishes(max_blackout_s=1e-9))
     assert caught.value.code == "store.no_answer"
     assert stage.move(resume=True).phase == "done"
+
+
+def test_beside_a_long_round_saves_are_held_back_and_the_mover_says_that_it_is_there(
+    recorded: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpumove.move.herald._TICK_S", 0.01)
+    stage = Stage(recorded, deaf=True)
+    stop_at(stage, "begin")
+
+    def facts() -> dict[str, Any]:
+        move = stage.look(stage.source).move
+        assert move is not None
+        assert move.state == "begin"
+        return move.facts
+
+    with stage.source.log() as tool:  # the job has heard
+        begun = tool.view.move
+        assert begun is not None
+        tool.move("begin", move=begun.move, other=begun.other, facts={"job": {"save_s": 2.0}})
+    outpaced = False
+    with stage.source.log() as log, Herald(log, lambda: outpaced) as herald:
+        head = stage.look(stage.source).head
+        outpaced = True
+        time.sleep(0.2)
+        assert stage.look(stage.source).head == head, "it speaks while a round runs only"
+        herald.copying = True
+        until(lambda: facts().get("hold"))
+        assert facts() == {"hold": True, "job": {"save_s": 2.0}}
+        log.follow()  # what the mover does between two rounds
+        head = stage.look(stage.source).head
+        time.sleep(0.2)
+        assert stage.look(stage.source).head == head, "once is enough"
+        monkeypatch.setattr("gpumove.move.herald._AGAIN_S", 0.05)
+        until(lambda: stage.look(stage.source).head > head)
+        assert facts() == {"hold": True, "job": {"save_s": 2.0}}
+    stage.deaf = False
+    assert stage.move(resume=True).phase == "done"
+    stage.close()
+
+
+def until(what: Callable[[], object], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 # -------------------------------------------------------------------- an end that cannot be reached

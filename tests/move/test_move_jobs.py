@@ -93,7 +93,7 @@ def compare(reference: Mapping[int, str], *lives: Job, twice: bool = False) -> N
 
 
 def states(report: Mapping[str, Any]) -> list[str]:
-    return [e["state"] for e in report["events"] if e["state"] != "round"]
+    return [e["state"] for e in report["events"] if e["state"] not in ("round", "wait")]
 
 
 def test_there(clouds: Clouds, reference: Mapping[int, str]) -> None:
@@ -107,6 +107,9 @@ def test_there(clouds: Clouds, reference: Mapping[int, str]) -> None:
     assert report["phase"] == "done"
     assert states(report) == ["begin", "request", "sealed", "handover", "done"]
     assert 0 < report["blackout_s"] < 60
+    (asked,) = [event for event in report["events"] if event["state"] == "request"]
+    assert asked["facts"]["forecast_parts"].keys() >= {"leave", "handover", "last_delta", "restore"}
+    print("blackout", report["blackout_s"], "foretold", asked["facts"])
     again = clouds.here()
     code, out = again.end()
     assert code == 77, again.log

@@ -289,11 +289,12 @@ def until(what: Any, seconds: float = 10.0) -> None:
 class Rank0:
     """A job's log and departure, with the thread that watches the log."""
 
-    def __init__(self, store: Store, save_s: float | None = 1.5) -> None:
+    def __init__(self, store: Store) -> None:
+        self.took = [1.5]
         self.log = again(store) if store.exists("format.json") else new_log(store)
         self.log.claim()
         self.departure = Departure(grace_s=5.0, peer_s=60.0)
-        self.requests = Requests(self.log, self.departure, patience_s=60.0, save_s=lambda: save_s)
+        self.requests = Requests(self.log, self.departure, patience_s=60.0, took=self.took)
         self.requests.open()
 
 
@@ -309,8 +310,13 @@ def test_a_job_hears_answers_and_is_asked(store: Store) -> None:
     job, tool = Rank0(store), again(store)
     say(tool, "begin", facts={"idle": True})
     until(lambda: again(store).view.move.facts == {"job": {"save_s": 1.5}})  # type: ignore[union-attr]
+    job.took += [0.2, 0.3]
+    until(lambda: again(store).view.move.facts == {"job": {"save_s": 0.3}})  # type: ignore[union-attr]
+    head = again(store).view.head
+    time.sleep(0.3)
+    assert again(store).view.head == head, "what is no news is not told"
     tool.follow()
-    say(tool, "begin", facts={"job": {}, "every_step": True, "slow_s": 0.1})
+    say(tool, "begin", facts={"job": {"save_s": 0.3}, "every_step": True, "slow_s": 0.1})
     until(lambda: job.requests.asked.every_step)
     assert (job.requests.asked.slow_s, job.requests.asked.thrift) == (0.1, 2)
     assert job.departure.notice is None

@@ -1,0 +1,160 @@
+"""What a run says of itself: bytes per checkpoint, time between them, time of a step, devices. From its log and its
+records alone; nothing is guessed, and what it does not say is None."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, cast
+
+from gpumove.errors import IntegrityError
+from gpumove.estimates.interval import Range
+from gpumove.format.manifest import Checkpoint, Manifest
+from gpumove.store.log import Log
+from gpumove.store.records import reachable, read_manifest
+
+_RECENT = 10
+"""Commits that are looked at, of one start of the job."""
+_TIMED, _COUNTED = "measured, step by step", "from the times of commits, with all that lies between them"
+_EPOCHS = 5
+"""Starts of the job that are looked at for the devices that it had."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long a step took on some devices."""
+
+    step_s: Range
+    ranks: int
+    device: str | None
+    """As its driver calls it."""
+    how: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run's numbers, as it has measured them or a person has said them. None is unknown."""
+
+    url: str = ""
+    step: int | None = None
+    state_bytes: float | None = None
+    full_bytes: float | None = None
+    """All objects that the newest checkpoint needs."""
+    delta_bytes: Range | None = None
+    """What a commit brings."""
+    every_s: Range | None = None
+    """Between two commits."""
+    ranks: int | None = None
+    device: str | None = None
+    speeds: tuple[Speed, ...] = ()
+    """The newest first, one for each start of the job that tells."""
+    unknown: dict[str, str] = field(default_factory=dict)
+    """Of what is None, or not as good as it could be: why, by field."""
+
+    @property
+    def step_s(self) -> Range | None:
+        """Of a step, where the run trained last."""
+        return self.speeds[0].step_s if self.speeds else None
+
+
+def read_facts(log: Log) -> Facts:
+    """Read a run's log, the records of its newest checkpoint, and one manifest of each of its last starts.
+
+    Raises:
+        IntegrityError: the log is damaged.
+        StoreError: the store failed.
+    """
+    view = log.read()
+    line = [c for c in view.checkpoints if c.number not in view.abandoned and c.number not in view.damaged]
+    if not line:
+        return Facts(url=log.store.url, unknown={"full_bytes": "what is to be sent: the run has no checkpoint yet"})
+    newest, unknown = line[-1], dict[str, str]()
+    try:
+        needed: dict[str, int] | None = reachable(log.store, newest)
+    except IntegrityError as error:
+        needed = None
+        unknown["full_bytes"] = f"what a first copy brings: {error}"
+    record_bytes = sum(n for key, n in (needed or {}).items() if not key.startswith("packs/"))
+    recent = _of_one_start(line)
+    delta, every = _deltas(line, recent, record_bytes), _gaps(recent)
+    if delta is None:
+        unknown["delta_bytes"] = "what a commit brings: there is only one checkpoint"
+    if every is None:
+        unknown["every_s"] = "how often a commit comes: there is only one since the job was started last"
+    speeds = tuple(_speeds(log, line))
+    if not speeds:
+        unknown["speeds"] = "how long a step takes: no trace has step times, and there are too few commits to tell"
+    elif speeds[0].how != _TIMED:
+        unknown["speeds"] = "how long a step takes by itself: no trace has step times, so commits were counted"
+    return Facts(
+        url=log.store.url, step=newest.step, state_bytes=newest.state_bytes,
+        full_bytes=None if needed is None else sum(needed.values()), delta_bytes=delta, every_s=every,
+        ranks=newest.world_size, device=_device_of(_manifest(log, newest)), speeds=speeds, unknown=unknown,
+    )  # fmt: skip
+
+
+def _of_one_start(line: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The last commits between which the job was not away."""
+    return [c for c in line if c.epoch == line[-1].epoch][-_RECENT - 1 :]
+
+
+def _deltas(line: Sequence[Checkpoint], recent: Sequence[Checkpoint], record_bytes: int) -> Range | None:
+    # The run's very first commit is whole: it is no difference.
+    later = [c for c in recent if c.number != line[0].number]
+    return _spread([c.new_bytes + record_bytes for c in later])
+
+
+def _gaps(recent: Sequence[Checkpoint]) -> Range | None:
+    return _spread([after.time - before.time for before, after in pairwise(recent) if after.time > before.time])
+
+
+def _spread(values: Sequence[float]) -> Range | None:
+    """The median, and all but the outermost tenths."""
+    if not values:
+        return None
+    found, off = sorted(values), len(values) // 10
+    return Range.over(statistics.median(found), found[off], found[-1 - off])
+
+
+# -------------------------------------------------------------------- steps
+
+
+def _speeds(log: Log, line: Sequence[Checkpoint]) -> Iterable[Speed]:
+    """For each of the last starts of the job what its newest manifest, or else its commits, say."""
+    for epoch in sorted({c.epoch for c in line}, reverse=True)[:_EPOCHS]:
+        commits = [c for c in line if c.epoch == epoch][-_RECENT - 1 :]
+        manifest = _manifest(log, commits[-1])
+        timed, how = _timed(manifest), _TIMED
+        if timed is None:
+            timed, how = _counted(commits), _COUNTED
+        if timed is not None:
+            yield Speed(timed, commits[-1].world_size, _device_of(manifest), how)
+
+
+def _manifest(log: Log, checkpoint: Checkpoint) -> Manifest | None:
+    try:
+        return read_manifest(log.store, checkpoint)
+    except IntegrityError:
+        return None
+
+
+def _timed(manifest: Manifest | None) -> Range | None:
+    """Step times of the trace, whose rows have facts as a third column where any were recorded."""
+    rows = cast(Sequence[Sequence[Any]], manifest.trace if manifest else ())
+    given = [row[2].get("s") for row in rows if len(row) > 2 and isinstance(row[2], Mapping)]
+    return _spread([s for s in given if isinstance(s, (int, float)) and s > 0])
+
+
+def _counted(commits: Sequence[Checkpoint]) -> Range | None:
+    pairs = [(after.time - before.time, after.step - before.step) for before, after in pairwise(commits)]
+    return _spread([seconds / steps for seconds, steps in pairs if seconds > 0 and steps > 0])
+
+
+def _device_of(manifest: Manifest | None) -> str | None:
+    """The first device's name; a job whose devices differ is not told apart."""
+    devices = (manifest.fingerprint if manifest else {}).get("devices") or [None]
+    first = devices[0]
+    found = first.get("model") if isinstance(first, Mapping) else first
+    return found if isinstance(found, str) else None

@@ -1,0 +1,156 @@
+"""One run, or the two ends of a move, side by side: whose steps are whose, and where the cut is. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from gpumove.format.manifest import Move
+from gpumove.report.history import History, Saved
+from gpumove.report.points import Point, joined
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a step, or their mean over all steps since the commit before."""
+
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one side has trained itself."""
+
+    label: str
+    points: tuple[Point, ...]
+    saves: tuple[Saved, ...]
+
+    @property
+    def paces(self) -> tuple[Pace, ...]:
+        """Step times as recorded; where they are not, from the times of the commits of one life of the job."""
+        told = tuple(Pace(p.step, p.seconds) for p in self.points if p.seconds is not None)
+        if told:
+            return told
+        return tuple(
+            Pace(b.step, (b.time - a.time) / (b.step - a.step))
+            for a, b in pairwise(sorted(self.saves, key=lambda s: s.entry))
+            if a.epoch == b.epoch and b.step > a.step and b.time > a.time
+        )
+
+    @property
+    def usual_s(self) -> float | None:
+        """The median step."""
+        return median(p.seconds for p in self.paces) if self.paces else None
+
+    @property
+    def measured(self) -> bool:
+        """Whether single steps were timed."""
+        return any(p.seconds is not None for p in self.points)
+
+    @property
+    def trained_s(self) -> float:
+        """From the first commit of each life of the job to its last: what is known to have been paid for."""
+        spans: dict[int, list[float]] = {}
+        for save in self.saves:
+            spans.setdefault(save.epoch, []).append(save.time)
+        return sum(max(times) - min(times) for times in spans.values())
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A fact of the machines that is not the same on both sides."""
+
+    name: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Lines, and the step after which the second side went on; None where there was no move."""
+
+    histories: tuple[History, ...]
+    lines: tuple[Line, ...]
+    cut: int | None
+    handover: Move | None
+    differences: tuple[Difference, ...]
+
+
+def compare(histories: Sequence[History]) -> Comparison:
+    """Tell the sides apart.
+
+    Args:
+        histories: of one run, or of two; of a move first the source.
+    """
+    last = histories[-1]
+    handover = _handover(histories)
+    if len(histories) == 1 and handover is None:
+        line = _line("this run", histories, lambda save: True)
+        return Comparison(tuple(histories), (line,), None, None, ())
+    if len(histories) == 2 and handover is None and histories[0].run != last.run:
+        lines = tuple(_line(label, [h], lambda save: True) for label, h in zip(("first run", "second run"), histories))
+        return Comparison(tuple(histories), lines, None, None, _differences(histories, lines))
+    there = {save.manifest for save in histories[0].saves} if len(histories) == 2 else set()
+
+    def own(save: Saved) -> bool:
+        return save.manifest not in there and (handover is None or save.epoch > handover.epoch)
+
+    after = _line("after the move", [last], own)
+    trained = {save.manifest for save in after.saves}
+    before = _line("before the move", histories, lambda save: save.manifest not in trained)
+    cut = _cut(handover, before, after)
+    return Comparison(tuple(histories), (before, after), cut, handover, _differences(histories, (before, after)))
+
+
+def _handover(histories: Sequence[History]) -> Move | None:
+    """The newest one at the run's last place; with two places given, from the first of them."""
+    source = histories[0].url if len(histories) == 2 else None
+    found = [m for m in histories[-1].moves if m.state == "handover" and source in (None, m.other)]
+    return found[-1] if found else None
+
+
+def _cut(handover: Move | None, before: Line, after: Line) -> int | None:
+    step = None if handover is None else handover.facts.get("step")
+    if isinstance(step, int):
+        return step
+    if after.points:
+        return after.points[0].step - 1
+    return max((save.step for save in before.saves), default=None)
+
+
+def _line(label: str, histories: Sequence[History], own: Any) -> Line:
+    saves: dict[str, Saved] = {}
+    rows: list[Point] = []
+    for history in histories:
+        for save in history.saves:
+            if own(save) and save.manifest not in saves:
+                saves[save.manifest] = save
+                rows += history.points.get(save.manifest, ())
+    return Line(label, tuple(joined(rows)), tuple(sorted(saves.values(), key=lambda s: (s.time, s.entry))))
+
+
+def _differences(histories: Sequence[History], lines: Sequence[Line]) -> tuple[Difference, ...]:
+    """The newest fingerprints of both sides."""
+    both = []
+    for line in lines:
+        told = [h.fingerprints[s.manifest] for s in line.saves for h in histories if s.manifest in h.fingerprints]
+        both.append(_flat(told[-1]) if told else {})
+    before, after = both
+    if not before or not after:
+        return ()
+    names = sorted({name for name in before | after if before.get(name) != after.get(name)})
+    return tuple(Difference(name, before.get(name, "not there"), after.get(name, "not there")) for name in names)
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name} ")
+        else:
+            found[prefix + name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return found

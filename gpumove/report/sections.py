@@ -1,0 +1,281 @@
+"""What each section of the page says: a chart, the same in words, and a table with the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby, pairwise
+from statistics import median
+
+from gpumove.report.charts import Curve, bars, chart, curves, lanes
+from gpumove.report.compare import Comparison, Line
+from gpumove.report.history import Event, Saved
+from gpumove.report.markup import Markup, tag
+from gpumove.report.tables import UNKNOWN, moment, table, tiles
+from gpumove.report.words import count, lasting, size, when
+
+_LANES = ("save", "start", "restore", "notice", "move", "health", "note")
+_MOST_ROWS, _MOST_BARS, _MOST_GAPS = 500, 40, 5
+_UNITS = ((172800.0, 86400.0, "days"), (7200.0, 3600.0, "hours"), (120.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
+
+
+def summary(found: Comparison, hourly: Sequence[float]) -> Markup:
+    """The run at a glance."""
+    saves = [save for line in found.lines for save in line.saves]
+    newest = max(saves, key=lambda s: (s.time, s.entry), default=None)
+    sent = sum(save.new_bytes for save in saves)
+    state = sum(save.state_bytes for save in saves)
+    looked = [save.sound for save in saves]
+    cost = _cost(found, hourly)
+    blackout = _blackout(found)
+    return tiles([
+        ("Newest checkpoint", f"step {newest.step}" if newest else "none", moment(newest.time) if newest else ""),
+        ("Checkpoints", str(len(saves)), _soundness(looked)),
+        ("Sent to the store", size(sent) if saves else UNKNOWN,
+         f"{sent / state:.1%} of the {size(state)} that they stand for" if state else ""),
+        ("Last loss", _last_loss(found), ""),
+        ("Blackout of the move", UNKNOWN if blackout is None else lasting(blackout),
+         "" if found.handover else "no move"),
+        ("Cost so far", UNKNOWN if cost is None else f"{cost:,.2f}", "" if hourly else "no prices were given"),
+    ])  # fmt: skip
+
+
+def _soundness(looked: Sequence[bool | None]) -> str:
+    bad = looked.count(False)
+    if bad:
+        return f"{bad} damaged"
+    return "not all were looked at" if None in looked else "all sound, as far as looked" if looked else ""
+
+
+def _last_loss(found: Comparison) -> str:
+    told = [(p.step, p.loss) for line in found.lines for p in line.points if p.loss is not None]
+    return UNKNOWN if not told else f"{max(told)[1]:.6g} (step {max(told)[0]})"
+
+
+def _blackout(found: Comparison) -> float | None:
+    """As the job at the new place has measured it: from the last step there to its own first."""
+    for history in reversed(found.histories):
+        for move in reversed(history.moves):
+            if isinstance(told := move.facts.get("blackout_s"), (int, float)):
+                return float(told)
+    return None
+
+
+def timeline(found: Comparison) -> list[Markup]:
+    """What happened when."""
+    events = _events(found)
+    if not events:
+        return [tag("p", "Nothing has happened that the store knows of.", cls="unknown")]
+    began, ended = events[0].time, events[-1].time
+    _, unit, name = next(u for u in _UNITS if ended - began >= u[0])
+    kinds = [kind for kind in _LANES if any(e.kind == kind for e in events)]
+    rows = [(kind, [(e.time - began) / unit for e in events if e.kind == kind]) for kind in kinds]
+    told = ", ".join(count(len(times), kind) for kind, times in rows)
+    title = f"Events from {when(began)} to {when(ended)}: {told}."
+    shown = events[-_MOST_ROWS:]
+    cut = "" if len(shown) == len(events) else f"; the {_MOST_ROWS} newest of {len(events)}"
+    return [
+        chart("timeline", "Timeline", title, partial(lanes, rows=rows, x=f"{name} since {when(began)}")),
+        table(f"Events{cut}", ("Time", "Kind", "What"), [(moment(e.time), e.kind, e.text) for e in shown]),
+    ]
+
+
+def _events(found: Comparison) -> list[Event]:
+    """Of both ends, in order; a checkpoint that was copied is told once."""
+    seen = {(e.time, e.kind, e.text): e for history in found.histories for e in history.events}
+    return sorted(seen.values(), key=lambda e: e.time)
+
+
+def losses(found: Comparison) -> list[Markup]:
+    """The loss of both sides on one axis."""
+    lines = [line for line in found.lines if any(p.loss is not None for p in line.points)]
+    if not lines:
+        return [tag("p", "Unknown: no loss was recorded. Give it to ckpt.step(step, loss=...).", cls="unknown")]
+    told = "; ".join(_say_loss(line) for line in lines)
+    if found.cut is not None:
+        told += f". The move is marked after step {found.cut}"
+    drawn = [Curve(line.label, [p.step for p in line.points], [p.loss for p in line.points]) for line in lines]
+    rows = [(line.label, *row) for line in lines for row in _stretches(line)]
+    return [
+        chart("loss", "Loss by step", f"{told}.", partial(curves, lines=drawn, x="step", y="loss", cut=found.cut)),
+        table(
+            "Loss in tenths of what each side has trained",
+            ("Side", "Steps", "Recorded", "Lowest", "Median", "Highest"), rows, right="llrrrr",
+        ),
+    ]  # fmt: skip
+
+
+def _say_loss(line: Line) -> str:
+    known = [(p.step, p.loss) for p in line.points if p.loss is not None]
+    odd = sum(p.loss is None for p in line.points)
+    more = f", and {count(odd, 'step')} without a finite loss" if odd else ""
+    return f"{line.label}: {known[0][1]:.4g} at step {known[0][0]}, {known[-1][1]:.4g} at step {known[-1][0]}{more}"
+
+
+def _stretches(line: Line) -> list[tuple[str, ...]]:
+    each = max(1, -(-len(line.points) // 10))
+    rows = []
+    for at in range(0, len(line.points), each):
+        part = line.points[at : at + each]
+        known = [p.loss for p in part if p.loss is not None]
+        figures = [f"{f(known):.6g}" for f in (min, median, max)] if known else [UNKNOWN] * 3
+        rows.append((f"{part[0].step} to {part[-1].step}", str(len(known)), *figures))
+    return rows
+
+
+def paces(found: Comparison) -> list[Markup]:
+    """Step times of both sides."""
+    lines = [line for line in found.lines if line.paces]
+    if not lines:
+        return [tag("p", "Unknown: it takes recorded step times, or two commits of one job.", cls="unknown")]
+    drawn = [Curve(line.label, [p.step for p in line.paces], [p.seconds for p in line.paces]) for line in lines]
+    how = ["each step was timed" if line.measured else "means between commits" for line in lines]
+    usual = [line.usual_s or 0.0 for line in lines]
+    told = "; ".join(f"{line.label}: {lasting(s)} per step ({h})" for line, s, h in zip(lines, usual, how))
+    if len(lines) == 2:
+        told += (
+            f". After the move a step takes {usual[1] / usual[0]:.2f} times what it took before"
+            if found.handover
+            else ""
+        )
+    rows = [
+        (
+            line.label,
+            lasting(s),
+            lasting(min(p.seconds for p in line.paces)),
+            lasting(max(p.seconds for p in line.paces)),
+            h,
+        )
+        for line, s, h in zip(lines, usual, how)
+    ]
+    draw = partial(curves, lines=drawn, x="step", y="seconds per step", cut=found.cut)
+    return [
+        chart("pace", "Step time", f"{told}.", draw),
+        table("Step time", ("Side", "Median", "Shortest", "Longest", "From"), rows, right="lrrrl"),
+    ]
+
+
+def checkpoints(found: Comparison) -> list[Markup]:
+    """Every checkpoint, what it cost, and whether it can be read."""
+    saves = [(line.label, save) for line in found.lines for save in line.saves]
+    if not saves:
+        return [tag("p", "None has been committed yet.", cls="unknown")]
+    drawn = [save for _, save in saves][-_MOST_BARS:]
+    sent, state = sum(s.new_bytes for _, s in saves), sum(s.state_bytes for _, s in saves)
+    of = "" if len(drawn) == len(saves) else f", the {_MOST_BARS} newest of {len(saves)} drawn"
+    share = f", {sent / state:.1%} of {size(state)} of state" if state else ""
+    told = f"{count(len(saves), 'checkpoint')}{of}: {size(sent)} were sent{share}."
+    unit, name = next(u for u in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
+                      if max(s.state_bytes for s in drawn) >= u[0] or u[0] == 1)  # fmt: skip
+    heights = [("sent", [s.new_bytes / unit for s in drawn]), ("state", [s.state_bytes / unit for s in drawn])]
+    draw = partial(bars, groups=heights, names=[str(s.step) for s in drawn], x="checkpoint of step", y=name)
+    heads = ("Step", "Side", "Time", "Ranks", "State", "Sent", "Ratio", "Stall", "Verification")
+    return [
+        chart("checkpoints-bytes", "Bytes of each checkpoint", told, draw),
+        table("Checkpoints", heads, [_checkpoint(label, s) for label, s in saves], right="rllrrrrrl"),
+        tag("p", f"Sent is what a checkpoint added to the store; state is what it stands for. {_say_sound(found)}"),
+    ]
+
+
+def _checkpoint(label: str, save: Saved) -> tuple[str, ...]:
+    style = {True: "good", False: "bad", None: "unknown"}[save.sound]
+    words = ("sound" if save.sound else save.condition) + (", pinned" if save.pinned else "")
+    return (
+        str(save.step), label, moment(save.time), str(save.world_size), size(save.state_bytes), size(save.new_bytes),
+        UNKNOWN if save.ratio is None else f"{save.ratio:.1%}", UNKNOWN, tag("span", words, cls=style),
+    )  # fmt: skip
+
+
+def _say_sound(found: Comparison) -> str:
+    told = {save.condition for line in found.lines for save in line.saves if save.sound}
+    return f"Sound means that {' or '.join(sorted(told))}." if told else ""
+
+
+def moves(found: Comparison) -> list[Markup]:
+    """Each move, step by step, with what was measured."""
+    told = {(m.time, m.move, m.state): m for h in found.histories for m in h.moves}
+    if not told:
+        return [tag("p", "The run was not moved, as far as its log goes back.")]
+    ordered = sorted(told.values(), key=lambda m: m.time)
+    starts = {name: min(m.time for m in ordered if m.move == name) for name in {m.move for m in ordered}}
+    parts = []
+    for name, entries in groupby(sorted(ordered, key=lambda m: (starts[m.move], m.move, m.time)), key=lambda m: m.move):
+        rows = [(m.state, f"{m.time - starts[name]:.1f} s", m.text, _facts(m.facts)) for m in entries]
+        caption = f"Move {name}, begun {when(starts[name])}"
+        parts.append(table(caption, ("State", "After", "What", "Measured"), rows, right="lrll"))
+    return parts
+
+
+def _facts(facts: dict[str, object]) -> str:
+    said = []
+    for name, value in facts.items():
+        if isinstance(value, list):
+            said.append(f"{name}: {len(value)}")
+        elif isinstance(value, (int, float)) and name.endswith("_s"):
+            said.append(f"{name[:-2].replace('_', ' ')}: {lasting(value)}")
+        elif isinstance(value, (int, float)) and name.endswith("_bytes"):
+            said.append(f"{name[:-6].replace('_', ' ')}: {size(value)}")
+        elif isinstance(value, float) and (name == "at" or name.endswith("_at")):
+            said.append(f"{name.replace('_', ' ')}: {when(value)}")
+        elif value is not None:
+            said.append(f"{name.replace('_', ' ')}: {value}")
+    return ", ".join(said)
+
+
+def parity(found: Comparison) -> list[Markup]:
+    """The verdict, and what is not the same on both sides."""
+    said = [tag("p", "Verdict: ", UNKNOWN, ". No certificate is in the store.")]
+    if len(found.lines) < 2:
+        return said
+    if not found.differences:
+        return [*said, tag("p", "No difference between the machines is recorded, or one side has no checkpoint.")]
+    rows = [(d.name, d.before, d.after) for d in found.differences]
+    heads = ("Fact", *(line.label for line in found.lines))
+    return [*said, table("What is not the same on both sides", heads, rows)]
+
+
+def costs(found: Comparison, hourly: Sequence[float]) -> list[Markup]:
+    """Machine hours, and their price where one was given."""
+    prices = _prices(found, hourly)
+    rows = [
+        (line.label, f"{line.trained_s / 3600:.2f}", UNKNOWN if p is None else f"{p:,.2f}",
+         UNKNOWN if p is None else f"{p * line.trained_s / 3600:,.2f}")
+        for line, p in zip(found.lines, prices)
+    ]  # fmt: skip
+    heads = ("Side", "Hours between commits", "Price per hour", "Cost")
+    words = (
+        "Hours count from the first to the last commit of each life of the job that is still in the store: what ran "
+        "before the first, or after the last, is not known. Egress and storage are not in it."
+    )
+    return [table("Cost so far", heads, rows, right="lrrr"), tag("p", words)]
+
+
+def _prices(found: Comparison, hourly: Sequence[float]) -> list[float | None]:
+    given: list[float | None] = [*hourly]
+    if len(given) == 1:
+        given *= len(found.lines)
+    return [*given, None, None][: len(found.lines)]
+
+
+def _cost(found: Comparison, hourly: Sequence[float]) -> float | None:
+    prices = _prices(found, hourly)
+    known = [p * line.trained_s / 3600 for line, p in zip(found.lines, prices) if p is not None]
+    return sum(known) if len(known) == len(found.lines) else None
+
+
+def unknowns(found: Comparison) -> list[Markup]:
+    """What could not be told, so that nothing on the page looks more certain than it is."""
+    said = [tag("li", tag("code", h.url), f": {text}.") for h in found.histories for text in h.unknown]
+    said += [tag("li", f"The losses of {text}: no manifest that is here has them.") for text in _gaps(found)]
+    said.append(tag("li", "How long training stood still for each save (stall): only the job's own metrics tell it."))
+    if not all(history.deep for history in found.histories):
+        said.append(tag("li", "Whether every byte of the packs is undamaged: --deep reads them."))
+    return [tag("ul", *said)]
+
+
+def _gaps(found: Comparison) -> list[str]:
+    """Stretches of steps that no trace tells of, between the first step of all and the last that is told of."""
+    steps = sorted({p.step for line in found.lines for p in line.points})
+    gaps = [(a + 1, b - 1) for a, b in pairwise([0, *steps]) if b > a + 1]
+    said = [f"step {a}" if a == b else f"steps {a} to {b}" for a, b in gaps[:_MOST_GAPS]]
+    return [*said, f"{len(gaps) - _MOST_GAPS} more stretches"] if len(gaps) > _MOST_GAPS else said

@@ -1,0 +1,125 @@
+"""How a move would go: cases by hand, and what must be so whatever the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpumove.estimates.interval import Range
+from gpumove.estimates.transfer import Link, expect
+from gpumove.move.rounds import Measured, forecast
+
+EXACT = Range.exact
+MB, GB = 1e6, 1e9
+
+
+def link(rate: Range | None, **more: Range) -> Link:
+    return Link(rate, "as said", **more)
+
+
+def test_a_link_that_keeps_up() -> None:
+    """10 GB at 100 MB/s take 100 s. Meanwhile 5 commits bring 2.5 GB, 25 s; meanwhile 1.25 bring 625 MB: more than the
+    500 MB of a commit, so 6.25 s more, in which 0.3125 commits bring 156.25 MB. Then the last delta."""
+    known = {"save_s": EXACT(3.0), "handover_s": EXACT(0.5), "restore_s": EXACT(4.0)}
+    found = expect(10 * GB, EXACT(500 * MB), EXACT(20.0), link(EXACT(100 * MB), **known))
+    assert found.rounds == EXACT(3)
+    assert found.nbytes is not None
+    assert found.nbytes.value == pytest.approx((10_000 + 2_500 + 625 + 156.25 + 500) * MB)
+    assert found.first_s == EXACT(100.0)
+    assert found.copy_s is not None
+    assert found.copy_s.value == pytest.approx(100 + 25 + 6.25)
+    assert found.keeps_up
+    assert found.blackout_s is not None
+    assert found.blackout_s.value == pytest.approx(1.5625 + 5 + 3 + 0.5 + 4)
+    assert found.unknown == ()
+
+
+def test_a_link_that_does_not_keep_up() -> None:
+    """A commit of 3 GB every 20 s, at 100 MB/s: one round, and then as much again, of which no more than the whole."""
+    found = expect(10 * GB, EXACT(3 * GB), EXACT(20.0), link(EXACT(100 * MB)))
+    assert found.rounds == EXACT(1)
+    assert not found.keeps_up
+    assert "another round would not help" in found.why
+    assert found.nbytes == EXACT(10 * GB + 10 * GB + 3 * GB)
+    assert found.parts["behind"].value == pytest.approx(100.0)
+    assert found.parts["last_delta"] == EXACT(30.0)
+
+
+def test_what_nobody_has_measured_makes_no_blackout() -> None:
+    found = expect(10 * GB, EXACT(500 * MB), EXACT(20.0), link(EXACT(100 * MB), save_s=EXACT(3.0)))
+    assert found.blackout_s is None
+    assert found.unknown == ("the whole blackout: nobody has measured handover and restore",)
+    assert found.at_least_s == pytest.approx(3.0 + 5.0)
+    assert found.bounds_s is not None
+    assert found.bounds_s.low == pytest.approx(found.at_least_s)
+    assert found.bounds_s.high == pytest.approx(sum(p.high for p in found.parts.values()) + 2 * 600)
+
+
+def test_one_checkpoint_tells_the_first_round_only() -> None:
+    found = expect(10 * GB, None, None, link(Range(50 * MB, 100 * MB, 200 * MB)))
+    assert found.first_s == Range(50.0, 100.0, 200.0)
+    assert (found.rounds, found.nbytes, found.copy_s, found.blackout_s, found.bounds_s) == (None,) * 5
+    assert "not known what a commit brings" in found.unknown[0]
+
+
+@pytest.mark.parametrize(
+    ("full", "rate", "why"), [(None, EXACT(1.0), "no bytes are known"), (1.0, None, "how long it takes: as said")]
+)
+def test_without_bytes_or_a_rate_nothing_is_known(full: float | None, rate: Range | None, why: str) -> None:
+    found = expect(full, EXACT(1.0), EXACT(1.0), link(rate))
+    assert (found.nbytes, found.first_s, found.blackout_s, found.bounds_s) == (None,) * 4
+    assert why in found.unknown[0]
+
+
+# -------------------------------------------------------------------- properties
+
+SIZES = st.floats(1e3, 1e13)
+
+
+@st.composite
+def around(draw: st.DrawFn, values: st.SearchStrategy[float]) -> Range:
+    return Range.around(draw(values), draw(st.floats(0, 2)))
+
+
+@given(SIZES, around(st.floats(1e3, 1e12)), around(st.floats(0.01, 1e5)), around(st.floats(1e3, 1e10)))
+def test_every_outlook_is_bounded(full: float, delta: Range, every: Range, rate: Range) -> None:
+    found = expect(full, delta, every, link(rate))
+    assert found.rounds is not None
+    assert found.nbytes is not None
+    assert found.first_s is not None
+    assert found.copy_s is not None
+    assert 1 <= found.rounds.low <= found.rounds.high <= 100
+    assert found.nbytes.low >= full
+    assert found.nbytes.value <= full * (found.rounds.value + 1) + delta.value + 1
+    assert found.copy_s.low >= found.first_s.low * (1 - 1e-9)
+    assert found.parts["last_delta"].value == pytest.approx(delta.value / rate.value)
+    assert found.parts["behind"].low == 0
+
+
+@given(SIZES, st.floats(1e3, 1e12), st.floats(0.01, 1e5), st.floats(1e3, 1e10), st.floats(1.1, 10))
+def test_a_faster_link_is_never_worse(full: float, delta: float, every: float, rate: float, times: float) -> None:
+    slow = expect(full, EXACT(delta), EXACT(every), link(EXACT(rate)))
+    fast = expect(full, EXACT(delta), EXACT(every), link(EXACT(rate * times)))
+    assert slow.first_s is not None
+    assert fast.first_s is not None
+    assert fast.first_s.value < slow.first_s.value
+    assert fast.parts["last_delta"].value < slow.parts["last_delta"].value
+    assert fast.keeps_up or not slow.keeps_up
+
+
+@given(SIZES, st.floats(1e3, 1e12), st.floats(0.01, 1e5), st.floats(1e3, 1e10))
+def test_it_is_the_arithmetic_that_a_move_goes_by(full: float, delta: float, every: float, rate: float) -> None:
+    found = expect(full, EXACT(delta), EXACT(every), link(EXACT(rate)))
+    goes_by = forecast(Measured(rate, delta, every))
+    assert (found.keeps_up, found.why) == (goes_by.converges, goes_by.why)
+    assert found.parts["last_delta"] == EXACT(goes_by.parts["last_delta"])
+
+
+def test_what_is_exact_has_no_range() -> None:
+    known = {"save_s": EXACT(3.0), "handover_s": EXACT(0.5), "restore_s": EXACT(4.0)}
+    found = expect(10 * GB, EXACT(500 * MB), EXACT(20.0), link(EXACT(100 * MB), **known))
+    ranges = [value for value in dataclasses.astuple(found) if isinstance(value, Range)]
+    assert all(value.is_exact for value in ranges)
