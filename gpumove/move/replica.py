@@ -60,7 +60,7 @@ class Replica:
         self, source: Log, target: Log, copier: Copier, *, deep: bool = False, region: str | None = None
     ) -> None:
         self.source, self.target, self.copier = source, target, copier
-        self.deep, self._region, self._policy = deep, region, ""
+        self.deep, self._region = deep, region
         self._sound: set[str] = set()
         """Keys at the target that were read and are what they should be."""
         self._have: dict[str, int] | None = None
@@ -103,11 +103,9 @@ class Replica:
         return found is not None and found.attempt != newest.attempt
 
     def _check_region(self) -> None:
-        """The run's own policy, asked once: it goes wherever the run goes."""
-        policy = self.source.view.regions
-        if policy != self._policy and not self.target.view.sealed:  # where the run has come from it may go back to
-            check_region(self.target.store, policy, self._region)
-        self._policy = policy
+        """The run's own policy: it goes wherever the run goes."""
+        if not self.target.view.sealed:  # where the run has come from it may go back to
+            check_region(self.target.store, self.source.view.regions, self._region)
 
     def _open_target(self) -> None:
         if not self.target.run:
@@ -203,12 +201,11 @@ class Replica:
     def claim(self, epoch: int) -> None:
         """Make the target's log a replica of the source's, in an epoch of at least this number.
 
-        Raises:
-            ConfigError: the target is not to be written to, or the run may not lie there.
+        Raises ConfigError if the target is not to be written to, or the run may not lie there.
         """
-        view = self.source.view
         self._check_region()
-        self.target.claim(follows=self.source.store.url, regions=view.regions, epoch=epoch, check=self.check)
+        source = self.source
+        self.target.claim(follows=source.store.url, regions=source.view.regions, epoch=epoch, check=self.check)
         self._unsure = True
 
     def _send(self, checkpoint: Checkpoint, progress: Progress | None) -> Sent:
