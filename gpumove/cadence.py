@@ -30,12 +30,14 @@ class Past(NamedTuple):
     interruptions: int = 0
 
 
-def past(commits: Sequence[tuple[float, int]], epoch: int) -> Past:
-    """From when checkpoints were committed, and in which epoch: every epoch since then is a start more."""
+def past(commits: Sequence[tuple[float, int]]) -> Past:
+    """From when checkpoints were committed, and in which epoch: each of these starts was interrupted, or ended.
+
+    Epochs in between were opened by moves and replicators, or by starts that came to nothing.
+    """
     if not commits:
         return Past()
-    (first_s, first), (last_s, _) = commits[0], commits[-1]
-    return Past(max(0.0, last_s - first_s), max(0, epoch - first))
+    return Past(max(0.0, commits[-1][0] - commits[0][0]), len({epoch for _, epoch in commits}))
 
 
 @dataclass

@@ -95,7 +95,7 @@ class Takeover:
                 if not found:
                     raise ConfigError(f"{self._book.store.url} has no sound checkpoint of step {step}")
             claim = self._book.claim(resumed=found[0].number if found else None, regions=self._config.allowed_regions)
-            before = past([(c.time, c.epoch) for c in view.checkpoints], claim.epoch)
+            before = past([(c.time, int(c.attempt[:8])) for c in view.checkpoints])
             return Claimed(run, claim.epoch, found, before)
         except GpumoveError as error:
             return Claimed(error=describe(error))

@@ -40,8 +40,8 @@ def test_bounds_and_what_is_said(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_past_is_counted_in_epochs() -> None:
-    assert past([], 7) == Past(0.0, 0)
-    assert past([(100.0, 2), (160.0, 2), (400.0, 4)], 5) == Past(300.0, 3)
+    assert past([]) == Past(0.0, 0)
+    assert past([(100.0, 2), (160.0, 2), (400.0, 4)]) == Past(300.0, 2)
 
 
 def test_a_cadence_follows_it() -> None:
