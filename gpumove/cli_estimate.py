@@ -166,7 +166,7 @@ def _show_run(screen: Screen, data: Estimate) -> None:
         screen.line(("run     ", "bold"), f"{facts.url}, step {_number(facts.step)}")
     screen.line(("state   ", "bold"), f"{_bytes(facts.state_bytes)}; a copy of all is {_bytes(facts.full_bytes)}")
     screen.line(("commits ", "bold"), f"{_sizes(facts.delta_bytes)} every {_time(facts.every_s)}")
-    how = f", {facts.speeds[0].how}" if facts.speeds else ""
+    how = f", {facts.now.how}" if facts.now else ""
     screen.line(("steps   ", "bold"), f"{_time(facts.step_s)}{how}")
     devices = f"{_number(data.gpus)} x {data.gpu or facts.device or _UNKNOWN}"
     screen.line(("trains  ", "bold"), devices + (f" at {data.source.name}" if data.source else ""))
@@ -178,7 +178,7 @@ def _show_transfer(screen: Screen, outlook: Outlook) -> None:
     found = outlook.transfer
     if found.first_s is not None:
         screen.line(("copy    ", "bold"), f"{_bytes_of(found)}; the first round takes {_time(found.first_s)}")
-    parts = ", ".join(f"{name.replace('_', ' ')} {_time(part)}" for name, part in found.parts.items())
+    parts = ", ".join(f"{name.replace('_', ' ')} {_time(part)}" for name, part in found.parts.items() if part.high)
     screen.line(("blackout ", "bold"), _blackout(found) + (f": {parts}" if parts else ""))
 
 

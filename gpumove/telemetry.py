@@ -12,15 +12,12 @@ import weakref
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from gpumove.config import Config
 from gpumove.errors import ConfigError
 from gpumove.handle import SaveHandle
 from gpumove.version import __version__
-
-if TYPE_CHECKING:
-    from gpumove.checkpointer import Checkpointer
 
 _log = logging.getLogger("gpumove")
 
@@ -38,6 +35,7 @@ NUMBERS = {
     "failed": "saves that failed and were not raised",
 }
 """What :func:`metrics` gives, as far as it is known, and its meaning."""
+_UNITS = {"bytes_per_s": "By/s", "_bytes": "By", "_s": "s"}
 _TOTALS = {
     "committed_saves": "checkpoints that this process has committed",
     "failed_saves": "saves that failed",
@@ -46,7 +44,23 @@ _TOTALS = {
 }
 
 
-def metrics(ckpt: Checkpointer) -> dict[str, float]:
+class Saves(Protocol):
+    """What is looked at of a Checkpointer."""
+
+    @property
+    def last(self) -> SaveHandle | None:
+        """The newest save."""
+
+    @property
+    def skipped(self) -> int:
+        """Saves that were due too early."""
+
+    @property
+    def failed(self) -> int:
+        """Saves that failed."""
+
+
+def metrics(ckpt: Saves) -> dict[str, float]:
     """The numbers of the newest save on this rank, for a logger; none before the first one.
 
     Cheap, and waits for nothing: call it in the loop. Names are those of ``SaveStats``, with ``gpumove/`` before them.
@@ -60,7 +74,7 @@ def metrics(ckpt: Checkpointer) -> dict[str, float]:
     return {f"gpumove/{name}": value for name, value in found.items()}
 
 
-def observe(ckpt: Checkpointer, meter: Any = None) -> None:
+def observe(ckpt: Saves, meter: Any = None) -> None:
     """Offer the same numbers as OpenTelemetry gauges, ``gpumove.stall_s`` and so on, until the Checkpointer is gone.
 
     Args:
@@ -85,16 +99,16 @@ def observe(ckpt: Checkpointer, meter: Any = None) -> None:
 
     meter = get_meter("gpumove", __version__) if meter is None else meter
     for name, meaning in NUMBERS.items():
-        unit = "s" if name.endswith("_s") and "bytes" not in name else "By" if name.endswith("_bytes") else ""
+        unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), "")
         meter.create_observable_gauge(f"gpumove.{name}", [partial(look, name)], unit=unit, description=meaning)
 
 
 def _of(handle: SaveHandle) -> dict[str, float]:
     stats = handle.stats  # nothing is asked of it that counts as the training thread looking at it
     known = {
-        "step": handle.step, "saving": not (handle.uploaded or handle.error), "stall_s": stats.stall_s, "staged_s": stats.staged_s,
-        "uploaded_s": stats.uploaded_s, "committed_s": stats.committed_s, "state_bytes": stats.state_bytes,
-        "new_bytes": stats.new_bytes, "upload_bytes_per_s": stats.upload_bytes_per_s,
+        "step": handle.step, "saving": not handle.uploaded and handle.error is None, "stall_s": stats.stall_s,
+        "staged_s": stats.staged_s, "uploaded_s": stats.uploaded_s, "committed_s": stats.committed_s,
+        "state_bytes": stats.state_bytes, "new_bytes": stats.new_bytes, "upload_bytes_per_s": stats.upload_bytes_per_s,
     }  # fmt: skip
     return {name: float(value) for name, value in known.items() if value is not None}
 
@@ -110,15 +124,14 @@ class Telemetry:
 
     def ended(self, handle: SaveHandle, *, run: str) -> None:
         """A save has ended, well or not."""
-        self._totals["committed_saves" if handle.committed else "failed_saves"] += 1
+        self._totals["committed_saves" if handle.error is None else "failed_saves"] += 1
         self._totals["sent_bytes"] += handle.stats.new_bytes
         self._totals["stalled_s"] += handle.stats.stall_s
-        self._committed_at = time.time() if handle.committed else self._committed_at
+        self._committed_at = time.time() if handle.error is None else self._committed_at
         if self._folder is not None:
             name = f"step-{handle.step:010d}-{handle.attempt}-rank-{self._rank:06d}.json"
-            _kept(
-                partial(handle.trace.write, Path(self._folder) / name, rank=self._rank), f"the trace of {handle.step}"
-            )
+            write = partial(handle.trace.write, Path(self._folder) / name, rank=self._rank)
+            _kept(write, f"the trace of step {handle.step}")
         if self._file is not None:
             _kept(partial(self._write, Path(self._file), handle, run), "the metrics")
 
@@ -128,9 +141,8 @@ class Telemetry:
         rows += [_row(name, NUMBERS[name], value, "gauge") for name, value in _of(handle).items()]
         rows += [_row(name, meaning, self._totals[name], "counter") for name, meaning in _TOTALS.items()]
         if self._committed_at is not None:
-            rows.append(
-                _row("committed_timestamp_s", "when the newest checkpoint was committed", self._committed_at, "gauge")
-            )
+            meaning = "when the newest checkpoint was committed"
+            rows.append(_row("committed_timestamp_s", meaning, self._committed_at, "gauge"))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_file = path.with_name(f".{path.name}.part")
         partial_file.write_text("".join(rows), encoding="utf-8")

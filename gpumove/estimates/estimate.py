@@ -74,7 +74,7 @@ def estimate(
         here = probe(src, storage_options=storage_options) if src is not None else None
         probed = (here, probe(probe_url, storage_options=probe_options))
     case = Case.of(facts, wishes, source, table, gpus, src)
-    ways = links(wishes, probed, len(targets) or 1)
+    ways = links(wishes, facts, probed, len(targets) or 1)
     outlooks = [case.outlook(*each) for each in zip(targets, ways)] if targets else [case.outlook(None, ways[0])]
     return Estimate(
         facts=facts, source=source, gpu=case.here.gpu.name if case.here else None, gpus=case.gpus,

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from gpumove.errors import IntegrityError
 from gpumove.estimates.interval import Range
-from gpumove.format.manifest import Checkpoint, Manifest
+from gpumove.format.manifest import Checkpoint, Manifest, Move
 from gpumove.store.log import Log
 from gpumove.store.records import reachable, read_manifest
 
@@ -46,6 +46,8 @@ class Facts:
     """What a commit brings."""
     every_s: Range | None = None
     """Between two commits."""
+    save_s: Range | None = None
+    """From a step to the commit of it: a job tells it to a move, and only then it is in the log."""
     ranks: int | None = None
     device: str | None = None
     speeds: tuple[Speed, ...] = ()
@@ -54,9 +56,14 @@ class Facts:
     """Of what is None, or not as good as it could be: why, by field."""
 
     @property
+    def now(self) -> Speed | None:
+        """On the devices that the run has now."""
+        return next((s for s in self.speeds if (s.ranks, s.device) == (self.ranks or 0, self.device)), None)
+
+    @property
     def step_s(self) -> Range | None:
-        """Of a step, where the run trained last."""
-        return self.speeds[0].step_s if self.speeds else None
+        """Of a step, where the run trains now."""
+        return self.now.step_s if self.now else None
 
 
 def read_facts(log: Log) -> Facts:
@@ -83,16 +90,17 @@ def read_facts(log: Log) -> Facts:
         unknown["delta_bytes"] = "what a commit brings: there is only one checkpoint"
     if every is None:
         unknown["every_s"] = "how often a commit comes: there is only one since the job was started last"
-    speeds = tuple(_speeds(log, line))
-    if not speeds:
-        unknown["speeds"] = "how long a step takes: no trace has step times, and there are too few commits to tell"
-    elif speeds[0].how != _TIMED:
-        unknown["speeds"] = "how long a step takes by itself: no trace has step times, so commits were counted"
-    return Facts(
+    found = Facts(
         url=log.store.url, step=newest.step, state_bytes=newest.state_bytes,
         full_bytes=None if needed is None else sum(needed.values()), delta_bytes=delta, every_s=every,
-        ranks=newest.world_size, device=_device_of(_manifest(log, newest)), speeds=speeds, unknown=unknown,
+        save_s=_save_s(view.move), ranks=newest.world_size, device=_device_of(_manifest(log, newest)),
+        speeds=tuple(_speeds(log, line)), unknown=unknown,
     )  # fmt: skip
+    if found.now is None:
+        unknown["speeds"] = "how long a step takes: no trace has step times, and there are too few commits to tell"
+    elif found.now.how != _TIMED:
+        unknown["speeds"] = "how long a step takes by itself: no trace has step times, so commits were counted"
+    return found
 
 
 def _of_one_start(line: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -108,6 +116,12 @@ def _deltas(line: Sequence[Checkpoint], recent: Sequence[Checkpoint], record_byt
 
 def _gaps(recent: Sequence[Checkpoint]) -> Range | None:
     return _spread([after.time - before.time for before, after in pairwise(recent) if after.time > before.time])
+
+
+def _save_s(move: Move | None) -> Range | None:
+    told = move.facts.get("job") if move else None
+    found = told.get("save_s") if isinstance(told, Mapping) else None
+    return Range.exact(found) if isinstance(found, (int, float)) and found >= 0 else None
 
 
 def _spread(values: Sequence[float]) -> Range | None:

@@ -71,6 +71,8 @@ class Case:
             if gpu is None:
                 what = f"the table of GPUs has no {facts.device}" if facts.device else "its manifests name no device"
                 unknown.append(f"what the run's GPUs can do: {what}; say where it trains (--from)")
+        elif (known := table.called(facts.device or "")) and gpu and known != gpu:
+            unknown.append(f"on which GPUs it trains: its manifests say {known.name}; {gpu.name}, as was said, counts")
         remaining_h = None if said.remaining_hours is None else Range.exact(said.remaining_hours)
         if remaining_h is None and said.remaining_steps is not None:
             remaining_h = product(Range.exact(said.remaining_steps), facts.step_s, Range.exact(1 / 3600))
@@ -126,13 +128,19 @@ class Case:
         """Measured where the run has trained on such GPUs before, else from peak figures."""
         now = self.facts.step_s
         if there is not None and now is not None:
-            for speed in self.facts.speeds[1:]:
+            for speed in self.facts.speeds:
                 gpu = self.table.called(speed.device or "")
-                if gpu is not None and (gpu.name, speed.ranks) == (there.gpu.name, there.count):
+                if (
+                    speed is not self.facts.now
+                    and gpu is not None
+                    and (gpu.name, speed.ranks) == (there.gpu.name, there.count)
+                ):
                     return speed.step_s / now, "measured: the run has trained on such GPUs"
         if self.here is None or there is None:
             return None, f"the GPUs {'here' if self.here is None else 'there'} are not known"
-        return ratio(self.here, there), "from peak figures; measured step times win as soon as there are any"
+        alike = self.here.gpu == there.gpu
+        how = "the same GPUs elsewhere" if alike else "from peak figures"
+        return ratio(self.here, there), f"{how}; measured step times win as soon as there are any"
 
 
 def _lies_at(src: str | None, source: Place | None) -> tuple[str, str] | None:

@@ -38,6 +38,8 @@ class Said:
     step_s: float | None = None
     save_s: float | None = None
     """From the job's last step to the commit of it."""
+    handover_s: float | None = None
+    """Three entries in a log: the seal, the handover, and the job's claim."""
     restore_s: float | None = None
     """At the target, once it has all."""
     peak_bytes: float | None = None
@@ -86,7 +88,7 @@ def under(said: Said, found: Facts) -> Facts:
     changes: dict[str, Any] = {}
     if said.state_bytes is not None:
         changes |= {"state_bytes": said.state_bytes, "full_bytes": said.state_bytes}
-    for name in ("delta_bytes", "every_s"):
+    for name in ("delta_bytes", "every_s", "save_s"):
         if (value := getattr(said, name)) is not None:
             changes[name] = Range.exact(value)
     if said.step_s is not None:
@@ -96,22 +98,24 @@ def under(said: Said, found: Facts) -> Facts:
     return replace(found, **changes, unknown=unknown)
 
 
-def links(said: Said, probed: tuple[Probe | None, Probe] | None, many: int) -> list[Link]:
+def links(said: Said, facts: Facts, probed: tuple[Probe | None, Probe] | None, many: int) -> list[Link]:
     """One for each target.
 
     Args:
-        said: rates, and what a move takes besides.
+        said: rates, and what a restore takes.
+        facts: what a save takes.
         probed: the source, if there is one, and the target.
         many: targets.
 
     Raises:
         ConfigError: there are neither one rate nor as many as targets.
     """
-    save_s = None if said.save_s is None else Range.exact(said.save_s)
     restore_s = None if said.restore_s is None else Range.exact(said.restore_s)
     handover_s = product(Range.exact(_ENTRIES), probed[1].entry_s) if probed else None
+    if said.handover_s is not None:
+        handover_s = Range.exact(said.handover_s)
     rate, how = between(*probed) if probed else (None, _UNMEASURED)
-    link = Link(rate, how, handover_s=handover_s, save_s=save_s, restore_s=restore_s)
+    link = Link(rate, how, handover_s=handover_s, save_s=facts.save_s, restore_s=restore_s)
     if rates := said.rates():
         if len(rates) not in (1, many):
             raise ConfigError(f"there are {len(rates)} rates for {many} targets: give one for all, or one for each")

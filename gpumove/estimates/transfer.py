@@ -1,14 +1,17 @@
-"""How a move would go: rounds, bytes, time, blackout. The same arithmetic that a move goes by (move/rounds.py), over
-numbers of which only the bounds are known."""
+"""How a move would go: rounds, bytes, time, blackout. It has the move's own arithmetic decide (move/rounds.py,
+move/cutover.py), over numbers of which only the bounds are known."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from gpumove.estimates.interval import Range, total
+from gpumove.move.cutover import Standing, decide, is_steady
 from gpumove.move.rounds import Measured, forecast
 
 _MOST_ROUNDS = 100
+_SINCE = (0.5, 0.0, 0.99)
+"""Shares of the time between two commits, the likeliest first."""
 _OTHERS = frozenset({"leave", "handover", "restore"})
 """Parts of a blackout that do not depend on bytes."""
 _PATIENCE_S = 600.0
@@ -81,15 +84,12 @@ def expect(full_bytes: float | None, delta_bytes: Range | None, every_s: Range |
     if delta_bytes is None or every_s is None:
         why = "rounds, bytes and blackout: it is not known what a commit brings, or how often one comes"
         return Transfer(first_s=first_s, unknown=(why,))
-    likely = _course(full_bytes, delta_bytes.value, every_s.value, rate.value)
-    # Fewer rounds are not always better: both ends, and what lies between them, make the range.
-    others = [
-        _course(full_bytes, delta_bytes.low, every_s.high, rate.high),
-        _course(full_bytes, delta_bytes.high, every_s.low, rate.low),
-    ]
+    likely, *others = _courses(full_bytes, delta_bytes, every_s, rate)
+    # Commits that come faster than they can be sent are held back, and the last delta is then one over all of them.
+    most_s = 0.0 if all(c.keeps_up for c in (likely, *others)) else full_bytes / rate.low
     parts = {
-        "behind": Range.over(likely.behind_s, *(c.behind_s for c in others), 0.0),
-        "last_delta": Range.over(likely.last_s, *(c.last_s for c in others)),
+        "behind": Range.over(likely.behind_s, *(c.behind_s for c in others)),
+        "last_delta": Range.over(likely.last_s, *(c.last_s for c in others), max(likely.last_s, most_s)),
     }
     also = {"leave": link.save_s, "handover": link.handover_s, "restore": link.restore_s}
     parts |= {name: found for name, found in also.items() if found is not None}
@@ -116,17 +116,40 @@ class _Course:
     why: str
 
 
-def _course(full_bytes: float, delta_bytes: float, every_s: float, rate_bytes_s: float) -> _Course:
-    """One move: rounds until what is lacking is no more than a commit brings, or until a round does not help."""
+def _courses(full_bytes: float, delta: Range, every_s: Range, rate: Range) -> list[_Course]:
+    """The likeliest first; then those of both ends of what is uncertain, and of when in its interval a commit comes.
+    Fewer rounds are not always better, so that all of them together make the ranges."""
+    numbers = [
+        (delta.value, every_s.value, rate.value),
+        (delta.low, every_s.high, rate.high),
+        (delta.high, every_s.low, rate.low),
+    ]
+    return [_course(full_bytes, *found, since=since) for found in numbers for since in _SINCE]
+
+
+def _course(full_bytes: float, delta_bytes: float, every_s: float, rate_bytes_s: float, *, since: float) -> _Course:
+    """One move, as it would decide: rounds until nothing is lacking, or until they do not help.
+
+    Args:
+        full_bytes: of the first round.
+        delta_bytes: of a commit.
+        every_s: between two commits.
+        rate_bytes_s: of the link.
+        since: how long ago the last commit came when it begins, as a share of the time between two.
+    """
     expected = forecast(Measured(rate_bytes_s, delta_bytes, every_s))
-    rounds, sent, seconds, left = 0, 0.0, 0.0, full_bytes
+    rounds, steady, sent, now, commits = 0, 0, 0.0, 0.0, 0
+    left: int | None = int(full_bytes)
     while rounds < _MOST_ROUNDS:
-        took = left / rate_bytes_s
-        rounds, sent, seconds = rounds + 1, sent + left, seconds + took
-        # What the job commits meanwhile; never more than to begin anew would be.
-        left = min(full_bytes, took / every_s * delta_bytes)
-        if left <= delta_bytes or not expected.converges:
+        standing = Standing(expected, left, delta_bytes, rounds, steady)
+        if left is None or decide(standing, None).is_end:
             break
-    nbytes = sent + left + delta_bytes
+        steady += is_steady(standing)
+        rounds, sent, now = rounds + 1, sent + left, now + left / rate_bytes_s
+        before, commits = commits, int(now / every_s + since)
+        # Never more than to begin anew would be.
+        left = int(min(full_bytes, (commits - before) * delta_bytes)) or None
+    behind = left or 0
     last_s = expected.parts["last_delta"]
-    return _Course(rounds, nbytes, seconds, left / rate_bytes_s, last_s, expected.converges, expected.why)
+    nbytes = sent + behind + delta_bytes
+    return _Course(rounds, nbytes, now, behind / rate_bytes_s, last_s, expected.converges, expected.why)

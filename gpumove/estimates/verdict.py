@@ -67,7 +67,4 @@ def _money(costs: Costs) -> Iterator[str]:
 
 
 def _speed(ratio: Range) -> str:
-    if ratio.low <= 1 <= ratio.high:
-        return f"steps take about as long ({ratio.low:.2f} to {ratio.high:.2f} of now)"
-    word = "shorter" if ratio.high < 1 else "longer"
-    return f"steps are {word}: {ratio.value:.2f} of now ({ratio.low:.2f} to {ratio.high:.2f})"
+    return f"steps take some {ratio.value:.2f} of what they take now ({ratio.low:.2f} to {ratio.high:.2f})"

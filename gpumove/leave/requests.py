@@ -28,7 +28,7 @@ _POLL_S, _GLANCE_S = 2.0, 0.02
 _FAREWELL_S = 2.0
 _RECENT, _NEWS = 3, 0.25
 WISH_S = 900.0
-"""What a move asks of the saves is done for so long after it has said so last."""
+"""What a move asks of the saves is done for so long after it has said so last, and held back for no longer in all."""
 
 
 class Requests:
@@ -92,12 +92,17 @@ class _Watch:
         self._log, self._epoch = Log(book.store), book.epoch
         self._log.view = book.view
         self._heard, self._heard_at = 0, 0.0
+        self._wish: Move | None = None
+        self._hold_at: float | None = None
         self._first: tuple[int, float] | None = None
         self._failed = False
 
     def run(self) -> None:
         """Until the job ends, or is not the owner any more."""
-        while not self._ended.is_set() and self._look():
+        while not self._ended.is_set():
+            if not self._look():
+                _log.warning("%s: the run is not this job's any more, as its next save will say", self._log.store.url)
+                return
             self._rest()
         if self._arrives():
             self._look()
@@ -115,8 +120,7 @@ class _Watch:
         try:
             self._log.follow()
             self._hear(self._log.view)
-            if time.monotonic() - self._heard_at > WISH_S:
-                self._ask(None)  # whoever wished it says so anew, or is not there any more
+            self._ask()
             self._say_news(self._log.view.move)
             if self._first is not None and self._due():
                 self._say_arrived(*self._first)
@@ -134,17 +138,24 @@ class _Watch:
         self._heard = move.number
         if move.state == "begin" and "job" not in move.facts and not self._ended.is_set():
             self._say_heard(move)
-        if move.writer != self._log.writer:
-            self._heard_at = time.monotonic()
-        self._ask(move if move.state in ("begin", "request") else None)
+        if move.writer != self._log.writer:  # by its age: a job that is started again finds old ones too
+            self._heard_at = time.monotonic() - max(0.0, time.time() - move.time)
+        self._wish = move if move.state in ("begin", "request") else None
+        self._ask()
         if standing(view, self._epoch) is not None and not self._ended.is_set():
             self._wishes.saves = move.save
             self._departure.request(Notice(MOVE, time.time() + self._wishes.patience_s, f"to {move.other}"))
 
-    def _ask(self, move: Move | None) -> None:
-        asked, facts = self._wishes.asked, {} if move is None else move.facts
-        asked.under_way = move is not None
-        asked.every_step, asked.hold = bool(facts.get("every_step")), bool(facts.get("hold"))
+    def _ask(self) -> None:
+        """Put down what is wished now. Whoever wishes says so again and again, or is not there any more."""
+        now, asked = time.monotonic(), self._wishes.asked
+        if now - self._heard_at > WISH_S:
+            self._wish = None
+        facts = {} if self._wish is None else self._wish.facts
+        self._hold_at = (self._hold_at or now) if facts.get("hold") else None
+        asked.under_way = self._wish is not None
+        asked.every_step = bool(facts.get("every_step"))
+        asked.hold = self._hold_at is not None and now - self._hold_at < WISH_S
         asked.slow_s = float(facts.get("slow_s", 0.0))
 
     def _say_news(self, move: Move | None) -> None:

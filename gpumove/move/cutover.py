@@ -11,7 +11,9 @@ from gpumove.move.rounds import Forecast
 
 Step = Literal["round", "wait", "cut", "stop", "steps", "usual"]
 _TRIES = 3
-"""Commits that are waited for in the hope of a shorter blackout, once the copy is as current as it gets."""
+"""Commits that are waited for in the hope of a shorter blackout, once the target has had the newest one."""
+_CATCH_UP = 12
+"""Rounds that may take the target from one commit behind to none: they cost time only, and save a whole delta."""
 _RECENT = 5
 
 
@@ -27,7 +29,9 @@ class Standing:
     """What a commit brings."""
     rounds: int
     steady: int = 0
-    """Rounds since the copy was first as current as it gets."""
+    """Rounds since no more than one commit was lacking."""
+    tries: int = 0
+    """Rounds since nothing was."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Next:
 
 
 def is_steady(now: Standing) -> bool:
-    """Whether a further round only keeps up with what is committed meanwhile."""
+    """Whether no more than one commit is lacking."""
     return now.left_bytes is None or (now.rounds > 0 and now.left_bytes <= now.delta_bytes)
 
 
@@ -66,10 +70,12 @@ def decide(now: Standing, max_blackout_s: float | None) -> Next:
         if limit is None:
             return Next("cut", now.forecast.why)
         return Next("stop", now.forecast.why)
+    if now.left_bytes is not None and now.forecast.converges and now.steady < _CATCH_UP:
+        return Next("round", f"catching up; {now.forecast.why}")
     if limit is None:
         return Next("cut", f"the copy is as current as it gets; {now.forecast.why}")
-    if now.steady < _TRIES:
-        return Next("wait" if now.left_bytes is None else "round", "a later commit may be smaller")
+    if now.left_bytes is None and now.tries < _TRIES:
+        return Next("wait", "a later commit may be smaller")
     return Next("stop", now.forecast.why)
 
 

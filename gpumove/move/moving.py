@@ -98,19 +98,21 @@ def move(
             _check_resumed(resume, f"the run is on its way from {target.url} back to {source.url}")
             _open(back.source)
             return back.run()
-        now = forth.look()
-        if now is Phase.DONE and not resume:
-            raise ConfigError(f"the run has moved from {source.url} to {target.url} already", code="config.moved")
-        if now is not Phase.FRESH:
-            _check_resumed(resume, f"a move from {source.url} to {target.url} is under way ({now.value})")
-        elif resume and forth.target.view.sealed == source.url:  # all is done but the last word
-            _open(back.source)
+        if resume and forth.look() is Phase.FRESH and forth.target.view.sealed == source.url:
+            _open(back.source)  # all is done but the last word
             return back.run()
-        elif resume:
-            raise ConfigError(
-                f"no move between {source.url} and {target.url} is under way: leave out --resume to begin one"
-            )
+        _check_forth(forth, resume=resume)
         return forth.run()
+
+
+def _check_forth(forth: Mover, *, resume: bool) -> None:
+    now, (source, target) = forth.look(), forth.ends
+    if now is Phase.DONE and not resume:
+        raise ConfigError(f"the run has moved from {source} to {target} already", code="config.moved")
+    if now is not Phase.FRESH:
+        _check_resumed(resume, f"a move from {source} to {target} is under way ({now.value})")
+    elif resume:
+        raise ConfigError(f"no move between {source} and {target} is under way: leave out --resume to begin one")
 
 
 def _check_resumed(resume: bool, what: str) -> None:

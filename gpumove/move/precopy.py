@@ -28,9 +28,11 @@ class Precopy:
         self._wants_steps, self._steps_since = wishes.every_step, -1
         self._heard, self._hear_s = False, min(wishes.hear_timeout_s, wishes.leave_timeout_s)
         self._since: float | None = None
-        self._held, self._expects = False, wishes.arrive_timeout_s > 0
+        self._held = self._hoping = False
+        self._expects = wishes.arrive_timeout_s > 0
         self._at_target: dict[str, float] | None = None
-        self._steady = 0
+        self._steady = self._tries = 0
+        self._current = False
         self._save_s: float | None = None
         self._handover_s: float | None = None
         self._waiting_since: tuple[int, float] = (0, 0.0)
@@ -54,10 +56,12 @@ class Precopy:
         newest, view = self._rounds.replica.look(), self._rounds.replica.source.view
         left = None if newest is None else self._rounds.left_bytes()
         done, delta_bytes = len(self._rounds.done), self._measured().delta_bytes or 0.0
-        self._standing = Standing(self._forecast(left or 0), left, delta_bytes, done, self._steady)
+        self._current |= left is None
+        self._standing = Standing(self._forecast(left or 0), left, delta_bytes, done, self._steady, self._tries)
         following = decide(self._standing, self._max_blackout_s)
         more = Next("wait" if left is None else "round", "to see whether the link keeps up with single steps")
-        if following.is_end and self._hopes():
+        self._hoping = following.is_end and self._hopes()
+        if self._hoping:
             helps = left is not None and self._standing.forecast.converges
             return Next("round" if helps else "wait", "a job has not said yet what it will take")
         if following.is_end and self._wants_steps:
@@ -97,15 +101,16 @@ class Precopy:
         """A round is over."""
         standing = self._standing
         self._steady += standing is not None and is_steady(standing)
+        self._tries += self._current
 
     def wait(self, seconds: float) -> None:
-        """Rest, since nothing is lacking.
+        """Rest, until there is something to copy, or a job has said what it will take.
 
         Raises:
             StoreError: the job has committed nothing for too long.
         """
         head = self._rounds.replica.source.view.head
-        if self._waiting_since[0] != head:
+        if self._hoping or self._waiting_since[0] != head:
             self._waiting_since = head, time.monotonic()
         most_s = max(_COMMIT_S, 3 * (self._measured().every_s or 0.0))
         if time.monotonic() - self._waiting_since[1] > most_s:

@@ -71,11 +71,20 @@ def lanes(axes: Any, rows: Sequence[tuple[str, Sequence[float]]], *, x: str) -> 
     marks = "|^vDxo*s"
     for place, (label, times) in enumerate(rows):
         colour = ALARM if label in ("notice", "health") else SECOND if label == "move" else FIRST
-        axes.plot(times, [-place] * len(times), linestyle="", marker=marks[place % len(marks)], color=colour,
+        seen = _apart(times)
+        axes.plot(seen, [-place] * len(seen), linestyle="", marker=marks[place % len(marks)], color=colour,
                   markersize=8, markeredgewidth=1.6, label=label)  # fmt: skip
     axes.set_yticks([-place for place in range(len(rows))], [f"{label} ({len(times)})" for label, times in rows])
     axes.set_ylim(-len(rows) + 0.4, 0.6)
     axes.set_xlabel(x)
+
+
+def _apart(times: Sequence[float]) -> list[float]:
+    """Of many marks, those that can be told apart."""
+    if len(times) <= _MOST:
+        return list(times)
+    width = (max(times) - min(times)) / _MOST or 1.0
+    return list({round(time / width): time for time in times}.values())
 
 
 def bars(axes: Any, groups: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, x: str, y: str) -> None:

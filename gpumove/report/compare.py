@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -29,7 +30,7 @@ class Line:
     points: tuple[Point, ...]
     saves: tuple[Saved, ...]
 
-    @property
+    @cached_property
     def paces(self) -> tuple[Pace, ...]:
         """Step times as recorded; where they are not, from the times of the commits of one life of the job."""
         told = tuple(Pace(p.step, p.seconds) for p in self.points if p.seconds is not None)
@@ -76,7 +77,8 @@ class Comparison:
     histories: tuple[History, ...]
     lines: tuple[Line, ...]
     cut: int | None
-    handover: Move | None
+    move: Move | None
+    """The newest word of the move between them."""
     differences: tuple[Difference, ...]
 
 
@@ -86,43 +88,52 @@ def compare(histories: Sequence[History]) -> Comparison:
     Args:
         histories: of one run, or of two; of a move first the source.
     """
-    last = histories[-1]
-    handover = _handover(histories)
-    if len(histories) == 1 and handover is None:
+    move = _move(histories)
+    if len(histories) == 1 and move is None:
         line = _line("this run", histories, lambda save: True)
         return Comparison(tuple(histories), (line,), None, None, ())
-    if len(histories) == 2 and handover is None and histories[0].run != last.run:
+    if len(histories) == 2 and move is None and histories[0].run != histories[1].run:
         lines = tuple(_line(label, [h], lambda save: True) for label, h in zip(("first run", "second run"), histories))
         return Comparison(tuple(histories), lines, None, None, _differences(histories, lines))
     there = {save.manifest for save in histories[0].saves} if len(histories) == 2 else set()
-
-    def own(save: Saved) -> bool:
-        return save.manifest not in there and (handover is None or save.epoch > handover.epoch)
-
-    after = _line("after the move", [last], own)
+    since = _first_epoch(move)
+    after = _line("after the move", histories[-1:], lambda save: save.manifest not in there and save.epoch >= since)
     trained = {save.manifest for save in after.saves}
     before = _line("before the move", histories, lambda save: save.manifest not in trained)
-    cut = _cut(handover, before, after)
-    return Comparison(tuple(histories), (before, after), cut, handover, _differences(histories, (before, after)))
+    lines = (before, after)
+    return Comparison(tuple(histories), lines, _cut(histories, move, before), move, _differences(histories, lines))
 
 
-def _handover(histories: Sequence[History]) -> Move | None:
-    """The newest one at the run's last place; with two places given, from the first of them."""
+def _move(histories: Sequence[History]) -> Move | None:
+    """The newest word, at the run's last place, of how it came there; else what the source says of it.
+
+    Retention keeps the newest word only, which is that the job has arrived.
+    """
+    last = histories[-1]
     source = histories[0].url if len(histories) == 2 else None
-    found = [m for m in histories[-1].moves if m.state == "handover" and source in (None, m.other)]
+    found = [m for m in last.moves if m.state in ("handover", "done") and source in (None, m.other)]
+    if not found and source is not None:
+        found = [m for m in histories[0].moves if m.state == "sealed" and m.other == last.url]
     return found[-1] if found else None
 
 
-def _cut(handover: Move | None, before: Line, after: Line) -> int | None:
-    step = None if handover is None else handover.facts.get("step")
-    if isinstance(step, int):
-        return step
-    if after.points:
-        return after.points[0].step - 1
-    return max((save.step for save in before.saves), default=None)
+def _first_epoch(move: Move | None) -> int:
+    """From which epoch on checkpoints at the run's last place were made there; 0 if that is not known."""
+    if move is None or move.state == "sealed":
+        return 0  # epochs of the source are not those of the target
+    return move.epoch + 1 if move.state == "handover" else move.epoch
 
 
-def _line(label: str, histories: Sequence[History], own: Any) -> Line:
+def _cut(histories: Sequence[History], move: Move | None, before: Line) -> int | None:
+    """The step that the run was handed over after: as either end says, else the last one that was copied."""
+    if move is None:
+        return None
+    said = [m for h in histories for m in h.moves if m.move == move.move and m.state in ("sealed", "handover")]
+    steps = [m.facts["step"] for m in said if isinstance(m.facts.get("step"), int)]
+    return steps[-1] if steps else max((save.step for save in before.saves), default=None)
+
+
+def _line(label: str, histories: Sequence[History], own: Callable[[Saved], bool]) -> Line:
     saves: dict[str, Saved] = {}
     rows: list[Point] = []
     for history in histories:

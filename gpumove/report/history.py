@@ -94,15 +94,15 @@ def read_history(log: Log, checked: VerifyReport | None = None) -> History:
     manifests, lost = _manifests(log.store, view.checkpoints)
     saves = tuple(_saved(c, lost.get(c.number), checked) for c in view.checkpoints)
     events = [event for entry in entries if (event := _event(entry)) is not None]
-    events += _findings(manifests.values())
-    events += [event for c in _dropped_but_told(entries, view) if (event := _event(c)) is not None]
+    events += findings(manifests.values())
+    events += [event for entry in _dropped_but_told(entries, view) if (event := _event(entry)) is not None]
     return History(
         url=log.store.url, run=log.run, now=time.time(), host=view.host, condition=explain(view, log.store.url),
         events=tuple(sorted(events, key=lambda e: e.time)), saves=saves,
         points={c.manifest: tuple(points(manifests[c.number].trace, epoch=c.epoch))
                 for c in view.checkpoints if c.number in manifests},
         fingerprints={c.manifest: manifests[c.number].fingerprint for c in view.checkpoints if c.number in manifests},
-        moves=tuple(entry for entry in entries if isinstance(entry, Move)),
+        moves=_moves(entries),
         unknown=tuple(_unknown(view, entries, manifests, lost, broken)), deep=checked is not None and checked.deep,
     )  # fmt: skip
 
@@ -143,10 +143,17 @@ def _manifests(store: Store, checkpoints: Sequence[Checkpoint]) -> tuple[dict[in
     )
 
 
-def _dropped_but_told(entries: Iterable[LogEntry], view: View) -> list[Checkpoint]:
-    """Checkpoints that only a gc entry tells of: their own entries are gone, they are not."""
+def _moves(entries: Iterable[LogEntry]) -> tuple[Move, ...]:
+    """Words of moves, oldest first; a gc entry keeps the newest one."""
+    kept = [e.move if isinstance(e, Collect) else e for e in entries]
+    return tuple({m.number: m for m in kept if isinstance(m, Move)}.values())
+
+
+def _dropped_but_told(entries: Iterable[LogEntry], view: View) -> list[LogEntry]:
+    """What only a gc entry tells of: its own entry is gone."""
     told = {entry.number for entry in entries}
-    return [c for c in view.checkpoints if c.number not in told]
+    kept: list[LogEntry] = [*view.checkpoints, *_moves(entries)]
+    return [entry for entry in kept if entry.number not in told]
 
 
 def _saved(checkpoint: Checkpoint, lost: str | None, checked: VerifyReport | None) -> Saved:
@@ -181,7 +188,7 @@ def _event(entry: LogEntry) -> Event | None:
                 return Event(entry.time, "start", f"{host} began, with epoch {entry.epoch}")
             return Event(entry.time, "restore", f"{host} resumed from entry {entry.resumed}, with epoch {entry.epoch}")
         case Move():
-            return Event(entry.time, "move", f"{entry.state} ({entry.other}): {entry.text}")
+            return Event(entry.time, "move", f"{entry.state} ({entry.other}){': ' if entry.text else ''}{entry.text}")
         case Note() if "on a notice" in entry.text:
             return Event(entry.time, "notice", entry.text)
         case Note():
@@ -191,7 +198,7 @@ def _event(entry: LogEntry) -> Event | None:
     return None
 
 
-def _findings(manifests: Iterable[Manifest]) -> list[Event]:
+def findings(manifests: Iterable[Manifest]) -> list[Event]:
     """What was wrong with the training. A finding is told by every later manifest; the first one has its time."""
     found: dict[tuple[Any, ...], Event] = {}
     for manifest in sorted(manifests, key=lambda m: m.time):

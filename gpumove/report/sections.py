@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import groupby, pairwise
 from statistics import median
+from typing import Any
 
 from gpumove.report.charts import Curve, bars, chart, curves, lanes
 from gpumove.report.compare import Comparison, Line
@@ -35,7 +36,7 @@ def summary(found: Comparison, hourly: Sequence[float]) -> Markup:
          f"{sent / state:.1%} of the {size(state)} that they stand for" if state else ""),
         ("Last loss", _last_loss(found), ""),
         ("Blackout of the move", UNKNOWN if blackout is None else lasting(blackout),
-         "" if found.handover else "no move"),
+         "" if found.move else "no move"),
         ("Cost so far", UNKNOWN if cost is None else f"{cost:,.2f}", "" if hourly else "no prices were given"),
     ])  # fmt: skip
 
@@ -134,9 +135,7 @@ def paces(found: Comparison) -> list[Markup]:
     told = "; ".join(f"{line.label}: {lasting(s)} per step ({h})" for line, s, h in zip(lines, usual, how))
     if len(lines) == 2:
         told += (
-            f". After the move a step takes {usual[1] / usual[0]:.2f} times what it took before"
-            if found.handover
-            else ""
+            f". After the move a step takes {usual[1] / usual[0]:.2f} times what it took before" if found.move else ""
         )
     rows = [
         (
@@ -169,10 +168,11 @@ def checkpoints(found: Comparison) -> list[Markup]:
                       if max(s.state_bytes for s in drawn) >= u[0] or u[0] == 1)  # fmt: skip
     heights = [("sent", [s.new_bytes / unit for s in drawn]), ("state", [s.state_bytes / unit for s in drawn])]
     draw = partial(bars, groups=heights, names=[str(s.step) for s in drawn], x="checkpoint of step", y=name)
+    caption = "Checkpoints" if len(saves) <= _MOST_ROWS else f"The {_MOST_ROWS} newest checkpoints of {len(saves)}"
     heads = ("Step", "Side", "Time", "Ranks", "State", "Sent", "Ratio", "Stall", "Verification")
     return [
         chart("checkpoints-bytes", "Bytes of each checkpoint", told, draw),
-        table("Checkpoints", heads, [_checkpoint(label, s) for label, s in saves], right="rllrrrrrl"),
+        table(caption, heads, [_checkpoint(label, s) for label, s in saves[-_MOST_ROWS:]], right="rllrrrrrl"),
         tag("p", f"Sent is what a checkpoint added to the store; state is what it stands for. {_say_sound(found)}"),
     ]
 
@@ -206,20 +206,27 @@ def moves(found: Comparison) -> list[Markup]:
     return parts
 
 
-def _facts(facts: dict[str, object]) -> str:
-    said = []
-    for name, value in facts.items():
-        if isinstance(value, list):
-            said.append(f"{name}: {len(value)}")
-        elif isinstance(value, (int, float)) and name.endswith("_s"):
-            said.append(f"{name[:-2].replace('_', ' ')}: {lasting(value)}")
-        elif isinstance(value, (int, float)) and name.endswith("_bytes"):
-            said.append(f"{name[:-6].replace('_', ' ')}: {size(value)}")
-        elif isinstance(value, float) and (name == "at" or name.endswith("_at")):
-            said.append(f"{name.replace('_', ' ')}: {when(value)}")
-        elif value is not None:
-            said.append(f"{name.replace('_', ' ')}: {value}")
-    return ", ".join(said)
+def _facts(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name}: {said}" for fact, value in facts.items() if value is not None
+                     for name, said in [_fact(fact, value)])  # fmt: skip
+
+
+def _fact(name: str, value: Any) -> tuple[str, str]:
+    """A figure of a move by the unit in its name."""
+    words = name.replace("_", " ")
+    if isinstance(value, dict):
+        return words, f"({_facts(value)})"
+    if isinstance(value, list):
+        return words, str(len(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return words, str(value)
+    if name == "at" or name.endswith("_at"):
+        return words, when(value)
+    if name.endswith("_s"):
+        return words[:-2], lasting(value)
+    if name.endswith("_bytes"):
+        return words[:-6], size(value)
+    return words, f"{value:g}"
 
 
 def parity(found: Comparison) -> list[Markup]:
@@ -238,13 +245,13 @@ def costs(found: Comparison, hourly: Sequence[float]) -> list[Markup]:
     """Machine hours, and their price where one was given."""
     prices = _prices(found, hourly)
     rows = [
-        (line.label, f"{line.trained_s / 3600:.2f}", UNKNOWN if p is None else f"{p:,.2f}",
+        (line.label, lasting(line.trained_s), UNKNOWN if p is None else f"{p:,.2f}",
          UNKNOWN if p is None else f"{p * line.trained_s / 3600:,.2f}")
         for line, p in zip(found.lines, prices)
     ]  # fmt: skip
-    heads = ("Side", "Hours between commits", "Price per hour", "Cost")
+    heads = ("Side", "Time between commits", "Price per hour", "Cost")
     words = (
-        "Hours count from the first to the last commit of each life of the job that is still in the store: what ran "
+        "Time counts from the first to the last commit of each life of the job that is still in the store: what ran "
         "before the first, or after the last, is not known. Egress and storage are not in it."
     )
     return [table("Cost so far", heads, rows, right="lrrr"), tag("p", words)]
@@ -266,6 +273,8 @@ def _cost(found: Comparison, hourly: Sequence[float]) -> float | None:
 def unknowns(found: Comparison) -> list[Markup]:
     """What could not be told, so that nothing on the page looks more certain than it is."""
     said = [tag("li", tag("code", h.url), f": {text}.") for h in found.histories for text in h.unknown]
+    if found.move is not None and found.cut is None:
+        said.append(tag("li", "After which step the run was moved: give the URL that it came from too."))
     said += [tag("li", f"The losses of {text}: no manifest that is here has them.") for text in _gaps(found)]
     said.append(tag("li", "How long training stood still for each save (stall): only the job's own metrics tell it."))
     if not all(history.deep for history in found.histories):

@@ -43,10 +43,12 @@ thead th { white-space: nowrap; color: var(--muted); font-weight: 600; }
 .n { text-align: right; white-space: nowrap; }
 footer { color: var(--muted); font-size: 0.9rem; margin-top: 2rem; }
 @media (max-width: 40rem) { body { padding: 0.75rem 0.9rem 2rem; } .wide { display: none; } .narrow { display: block; }
-  h1 { font-size: 1.4rem; } td { min-width: 9rem; } td.n { min-width: 4rem; } }
+  h1 { font-size: 1.4rem; } td { min-width: 9rem; } td.n { min-width: 4rem; }
+  tbody th, time { white-space: normal; } }
 @media print { :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --muted: #333; --grid: #bbb;
   --first: #0b5fa5; --second: #a63d00; --alarm: #a3001b; --good: #1c6b2a; }
   body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
+  table { font-size: 8pt; } td { min-width: 0; } time { white-space: normal; }
   .wide { display: block; } .narrow { display: none; }
   .scroll, .scroll.tall { overflow: visible; max-height: none; } .tiles div { border: 1px solid var(--grid); }
   figure, tr, .tiles div { break-inside: avoid; } h2 { break-after: avoid; } }

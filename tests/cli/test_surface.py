@@ -31,7 +31,7 @@ def surface(text: str) -> str:
 
 def test_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     text = helped(capsys)
-    verbs = re.findall(r"^    ([a-z]+) +\S", text, re.MULTILINE)
+    verbs = re.findall(r"^    ([a-z]+)\s+\S", text, re.MULTILINE)
     assert sorted(verbs) == sorted(set(STORED) - {"gpumove"})
     assert surface(text) == STORED["gpumove"]
 

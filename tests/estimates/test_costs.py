@@ -73,7 +73,7 @@ def test_what_costs_more_by_the_hour_never_pays() -> None:
     verdict = judge(found, Transfer(), Fit("yes", ""), EXACT(2.0), spot=True)
     assert verdict.answer == "stay"
     assert "it may never pay" in verdict.reasons[1]
-    assert verdict.reasons[2] == "steps are longer: 2.00 of now (2.00 to 2.00)"
+    assert verdict.reasons[2] == "steps take some 2.00 of what they take now (2.00 to 2.00)"
     assert "a spot machine may be taken away" in verdict.reasons[3]
 
 

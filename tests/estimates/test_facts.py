@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -11,12 +12,13 @@ import pytest
 
 from gpumove.config import Config
 from gpumove.estimates import facts
-from gpumove.estimates.facts import Facts, read_facts
+from gpumove.estimates.facts import Facts, Speed, read_facts
 from gpumove.estimates.interval import Range
 from gpumove.format.manifest import FORMAT, Manifest
 from gpumove.inspection.run import open_run
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
+from gpumove.store.records import reachable
 from tests.runs import train
 
 
@@ -40,13 +42,12 @@ def test_a_run(tmp_path: Path) -> None:
     assert found.delta_bytes is not None
     assert found.every_s is not None
     assert found.step_s is not None
-    sizes = sorted(c.new_bytes for c in line[1:])
-    records = (
-        found.full_bytes - sum(p.stat().st_size for p in (tmp_path / "packs").rglob("*.*")) if found.full_bytes else 0
-    )
-    assert found.delta_bytes.value >= sizes[0]
-    assert found.delta_bytes.value - sizes[1] < 100_000 + records
-    gaps = sorted(b.time - a.time for a, b in zip(line, line[1:]))
+    with open_run(str(tmp_path)) as log:
+        needed = reachable(log.store, line[-1])
+    records = sum(nbytes for key, nbytes in needed.items() if not key.startswith("packs/"))
+    sizes = sorted(c.new_bytes + records for c in line[1:])
+    assert found.delta_bytes == Range(sizes[0], sizes[1], sizes[2])
+    gaps = sorted(b.time - a.time for a, b in pairwise(line))
     assert found.every_s == Range(gaps[0], gaps[1], gaps[2])
     assert found.step_s == found.every_s  # a commit for each step
     assert "commits were counted" in found.unknown["speeds"]
@@ -69,7 +70,7 @@ def test_one_checkpoint_tells_no_delta_and_no_pace(tmp_path: Path) -> None:
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     with closing(Store.open(str(tmp_path), Config())) as store:
-        Log(store).open()
+        Log(store).open(create=True)
     found = facts_of(tmp_path)
     assert (found.full_bytes, found.speeds) == (None, ())
     assert "no checkpoint yet" in found.unknown["full_bytes"]
@@ -96,6 +97,13 @@ def test_a_start_with_one_commit_tells_no_pace(tmp_path: Path) -> None:
     assert len(found.speeds) == 1  # the start before told
 
 
+def test_what_steps_took_on_other_devices_is_not_what_they_take_now() -> None:
+    a100 = Speed(Range.exact(2.0), 8, "NVIDIA A100-SXM4-80GB", "measured")
+    assert Facts(ranks=8, device=a100.device, speeds=(a100,)).step_s == Range.exact(2.0)
+    assert Facts(ranks=8, device="NVIDIA H200", speeds=(a100,)).step_s is None
+    assert Facts(ranks=16, device=a100.device, speeds=(a100,)).step_s is None
+
+
 def test_a_damaged_record_takes_its_own_number_only(tmp_path: Path) -> None:
     train(str(tmp_path), [1, 2, 3])
     max((tmp_path / "manifests").iterdir()).unlink()
@@ -105,10 +113,21 @@ def test_a_damaged_record_takes_its_own_number_only(tmp_path: Path) -> None:
     assert found.every_s is not None
 
 
+def test_what_a_job_has_told_a_move_is_known(tmp_path: Path) -> None:
+    train(str(tmp_path), [1, 2])
+    assert facts_of(tmp_path).save_s is None
+    with open_run(str(tmp_path)) as log:
+        log.read()
+        log.move("begin", move="0123456789abcdef", other="memory://there", facts={"job": {"save_s": 1.5}})
+    assert facts_of(tmp_path).save_s == Range.exact(1.5)
+
+
 def manifest(**fields: object) -> Manifest:
-    known = dict(format=FORMAT, run="r", step=1, epoch=1, attempt="a", world_size=1, time=0.0, state_bytes=1, new_bytes=1,
-                 plan="p", parts=())  # fmt: skip
-    return msgspec.structs.replace(Manifest(**known), **fields)  # type: ignore[arg-type]
+    found = Manifest(
+        format=FORMAT, run="r", step=1, epoch=1, attempt="a", world_size=1, time=0.0, state_bytes=1, new_bytes=1,
+        plan="p", parts=(),
+    )  # fmt: skip
+    return msgspec.structs.replace(found, **fields)
 
 
 def test_step_times_of_a_trace_are_measured_ones() -> None:

@@ -17,7 +17,8 @@ collected: 2026-11-20
 egress:
   - {provider: aws, internet: [{usd_per_gb: 0.01}], source: our contract, read: 2026-11-20}
 instances:
-  - {provider: aws, region: us-east-1, instance: p5.48xlarge, gpu: H100-SXM, gpus: 8, usd_per_h: 30, source: ours, read: 2026-11-20}
+  - {provider: aws, region: us-east-1, instance: p5.48xlarge, gpu: H100-SXM, gpus: 8, usd_per_h: 30,
+     source: ours, read: 2026-11-20}
   - {provider: mine, instance: box, gpu: Own, gpus: 4, usd_per_h: [1, 2, 4], source: ours, read: 2026-11-20}
 """
 
@@ -49,7 +50,8 @@ def test_what_is_from_memory_alone_has_a_wide_range() -> None:
     ("device", "name"),
     [
         ("NVIDIA H100 80GB HBM3", "H100-SXM"), ("NVIDIA H100 PCIe", "H100-PCIe"), ("NVIDIA H100 NVL", "H100-NVL"),
-        ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-40GB", "A100-SXM-40GB"), ("NVIDIA A100 80GB PCIe", "A100-PCIe-80GB"),
+        ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-40GB", "A100-SXM-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-PCIe-80GB"),
         ("NVIDIA L4", "L4"), ("NVIDIA L40S", "L40S"), ("Tesla T4", "T4"), ("NVIDIA A10", "A10"),
     ],
 )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,31 +19,33 @@ def link(rate: Range | None, **more: Range) -> Link:
 
 
 def test_a_link_that_keeps_up() -> None:
-    """10 GB at 100 MB/s take 100 s. Meanwhile 5 commits bring 2.5 GB, 25 s; meanwhile 1.25 bring 625 MB: more than the
-    500 MB of a commit, so 6.25 s more, in which 0.3125 commits bring 156.25 MB. Then the last delta."""
+    """10 GB at 100 MB/s take 100 s, in which 5 commits bring 2.5 GB. These take 25 s, and one more commit comes, takes
+    5 s, another one comes, takes 5 s, and none comes: the job is asked to leave. The last delta is 500 MB, 5 s."""
     known = {"save_s": EXACT(3.0), "handover_s": EXACT(0.5), "restore_s": EXACT(4.0)}
     found = expect(10 * GB, EXACT(500 * MB), EXACT(20.0), link(EXACT(100 * MB), **known))
-    assert found.rounds == EXACT(3)
+    assert found.rounds is not None
+    assert found.rounds.value == 4
     assert found.nbytes is not None
-    assert found.nbytes.value == pytest.approx((10_000 + 2_500 + 625 + 156.25 + 500) * MB)
+    assert found.nbytes.value == pytest.approx(10 * GB + 2.5 * GB + 3 * 0.5 * GB)
     assert found.first_s == EXACT(100.0)
     assert found.copy_s is not None
-    assert found.copy_s.value == pytest.approx(100 + 25 + 6.25)
+    assert found.copy_s.value == pytest.approx(135)
     assert found.keeps_up
     assert found.blackout_s is not None
-    assert found.blackout_s.value == pytest.approx(1.5625 + 5 + 3 + 0.5 + 4)
+    assert found.blackout_s.value == pytest.approx(5 + 3 + 0.5 + 4)
     assert found.unknown == ()
 
 
 def test_a_link_that_does_not_keep_up() -> None:
-    """A commit of 3 GB every 20 s, at 100 MB/s: one round, and then as much again, of which no more than the whole."""
+    """A commit of 3 GB every 20 s, at 100 MB/s: one round, and then as much again, of which no more than the whole; or
+    the commits are held back, and the last delta is at most that."""
     found = expect(10 * GB, EXACT(3 * GB), EXACT(20.0), link(EXACT(100 * MB)))
     assert found.rounds == EXACT(1)
     assert not found.keeps_up
     assert "another round would not help" in found.why
     assert found.nbytes == EXACT(10 * GB + 10 * GB + 3 * GB)
-    assert found.parts["behind"].value == pytest.approx(100.0)
-    assert found.parts["last_delta"] == EXACT(30.0)
+    assert found.parts["behind"] == EXACT(100.0)
+    assert found.parts["last_delta"] == Range(30.0, 30.0, 100.0)
 
 
 def test_what_nobody_has_measured_makes_no_blackout() -> None:
@@ -76,7 +76,7 @@ def test_without_bytes_or_a_rate_nothing_is_known(full: float | None, rate: Rang
 
 # -------------------------------------------------------------------- properties
 
-SIZES = st.floats(1e3, 1e13)
+SIZES = st.integers(1_000, 10**13).map(float)
 
 
 @st.composite
@@ -96,7 +96,7 @@ def test_every_outlook_is_bounded(full: float, delta: Range, every: Range, rate:
     assert found.nbytes.value <= full * (found.rounds.value + 1) + delta.value + 1
     assert found.copy_s.low >= found.first_s.low * (1 - 1e-9)
     assert found.parts["last_delta"].value == pytest.approx(delta.value / rate.value)
-    assert found.parts["behind"].low == 0
+    assert found.parts["behind"].high <= full / rate.low * (1 + 1e-9)
 
 
 @given(SIZES, st.floats(1e3, 1e12), st.floats(0.01, 1e5), st.floats(1e3, 1e10), st.floats(1.1, 10))
@@ -115,11 +115,4 @@ def test_it_is_the_arithmetic_that_a_move_goes_by(full: float, delta: float, eve
     found = expect(full, EXACT(delta), EXACT(every), link(EXACT(rate)))
     goes_by = forecast(Measured(rate, delta, every))
     assert (found.keeps_up, found.why) == (goes_by.converges, goes_by.why)
-    assert found.parts["last_delta"] == EXACT(goes_by.parts["last_delta"])
-
-
-def test_what_is_exact_has_no_range() -> None:
-    known = {"save_s": EXACT(3.0), "handover_s": EXACT(0.5), "restore_s": EXACT(4.0)}
-    found = expect(10 * GB, EXACT(500 * MB), EXACT(20.0), link(EXACT(100 * MB), **known))
-    ranges = [value for value in dataclasses.astuple(found) if isinstance(value, Range)]
-    assert all(value.is_exact for value in ranges)
+    assert found.parts["last_delta"].value == goes_by.parts["last_delta"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,9 +44,10 @@ class Stage:
     Args:
         recorded: a tape.
         deaf: the job does not hear what it is asked.
+        apart_s: between two steps: any link keeps up with that.
     """
 
-    def __init__(self, recorded: Place, *, deaf: bool = False) -> None:
+    def __init__(self, recorded: Place, *, deaf: bool = False, apart_s: float = 100.0) -> None:
         self.source, self.target, self.deaf = memory(), memory(), deaf
         self.events: list[Event] = []
         self.hook: Callable[[Event], None] = lambda event: None
@@ -59,7 +61,7 @@ class Stage:
         self.job = Log(self._store)
         self.job.open(create=False)
         self.job.claim()
-        self.left = False
+        self.left, self._apart_s, self._began = False, apart_s, time.time() - apart_s * (TRAINED + 1)
         for _ in range(BEGUN):
             self.commit()
 
@@ -73,7 +75,8 @@ class Stage:
         made = self._tape[len(self.steps(self.source))]
 
         def make(view: View, number: int) -> LogEntry:
-            return msgspec.structs.replace(made, number=number, epoch=view.epoch, writer=self.job.writer)
+            at = self._began + self._apart_s * made.step
+            return msgspec.structs.replace(made, number=number, epoch=view.epoch, writer=self.job.writer, time=at)
 
         return self.job.append(make)  # type: ignore[return-value]
 

@@ -110,7 +110,7 @@ class History:
                 assert info.nbytes == nbytes
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(OPS, st.integers(0, 30)), min_size=8, max_size=30))
 def test_any_history(ops: list[tuple[str, int]]) -> None:
     with memory().open(CONFIG) as source, memory().open(CONFIG) as target:

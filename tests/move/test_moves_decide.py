@@ -41,26 +41,37 @@ def expect(blackout_s: float | None, *, converges: bool = True) -> Forecast:
 
 
 @pytest.mark.parametrize(
-    ("left", "rounds", "steady", "blackout", "converges", "limit", "step"),
+    ("left", "rounds", "steady", "tries", "blackout", "converges", "limit", "step"),
     [
-        (900, 0, 0, None, False, None, "round"),  # nothing is there
-        (None, 0, 0, None, False, None, "cut"),  # all is there already
-        (900, 1, 0, 9.0, True, None, "round"),  # the link keeps up: go on until there is nothing but the last delta
-        (900, 1, 0, 9.0, False, None, "cut"),  # it does not
-        (100, 2, 0, 2.0, True, None, "cut"),
-        (900, 1, 0, 9.0, False, 5.0, "stop"),
-        (900, 1, 0, 9.0, True, 5.0, "round"),
-        (900, 1, 0, 4.0, True, 5.0, "cut"),  # short enough
-        (None, 3, 0, 9.0, True, 5.0, "wait"),
-        (90, 3, 1, 9.0, True, 5.0, "round"),
-        (None, 9, 3, 9.0, True, 5.0, "stop"),
-        (None, 1, 0, None, False, 5.0, "wait"),  # nothing was measured: never without knowing
+        (900, 0, 0, 0, None, False, None, "round"),  # nothing is there
+        (None, 0, 0, 0, None, False, None, "cut"),  # all is there already
+        (900, 1, 0, 0, 9.0, True, None, "round"),  # the link keeps up: go on until there is nothing but the last delta
+        (900, 1, 0, 0, 9.0, False, None, "cut"),  # it does not
+        (100, 2, 0, 0, 2.0, True, None, "round"),  # one commit behind is a whole delta more than none
+        (100, 2, 0, 0, 2.0, False, None, "cut"),
+        (100, 14, 12, 0, 2.0, True, None, "cut"),  # it never catches up
+        (None, 3, 1, 0, 2.0, True, None, "cut"),
+        (900, 1, 0, 0, 9.0, False, 5.0, "stop"),
+        (900, 1, 0, 0, 9.0, True, 5.0, "round"),
+        (900, 1, 0, 0, 4.0, True, 5.0, "cut"),  # short enough
+        (None, 3, 0, 0, 9.0, True, 5.0, "wait"),
+        (90, 3, 1, 1, 9.0, True, 5.0, "round"),
+        (None, 9, 3, 3, 9.0, True, 5.0, "stop"),
+        (None, 1, 0, 0, None, False, 5.0, "wait"),  # nothing was measured: never without knowing
+        (90, 3, 1, 1, 9.0, False, 5.0, "stop"),
     ],
 )
 def test_when_to_stop_the_job(
-    left: int | None, rounds: int, steady: int, blackout: float | None, converges: bool, limit: float | None, step: str
+    left: int | None,
+    rounds: int,
+    steady: int,
+    tries: int,
+    blackout: float | None,
+    converges: bool,
+    limit: float | None,
+    step: str,
 ) -> None:
-    now = Standing(expect(blackout, converges=converges), left, 100.0, rounds, steady)
+    now = Standing(expect(blackout, converges=converges), left, 100.0, rounds, steady, tries)
     assert decide(now, limit).step == step
 
 
@@ -335,6 +346,23 @@ def test_a_job_hears_answers_and_is_asked(store: Store) -> None:
     assert (left.state, left.epoch) == ("left", 1)
     assert left.facts == {"step": 7, "durable": True, "newest": 7, "stopped_at": 3.0}
     assert not answer(job.log, 7, Outcome(True, 7, 0), stopped_at=3.0, seconds=5), "said once"
+    job.requests.close()
+
+
+def test_wishes_that_nobody_repeats_are_forgotten_and_saves_are_not_held_back_for_long(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpumove.leave.requests.WISH_S", 0.6)
+    job, tool = Rank0(store), again(store)
+    asked, began = job.requests.asked, time.monotonic()
+    while asked.hold or time.monotonic() - began < 0.3:
+        tool.follow()
+        say(tool, "begin", facts={"job": {"save_s": 1.5}, "hold": True})
+        time.sleep(0.1)
+        assert time.monotonic() - began < 5
+    assert time.monotonic() - began > 0.5
+    assert asked.under_way, "that was repeated"
+    until(lambda: not asked.under_way)
     job.requests.close()
 
 

@@ -40,7 +40,11 @@ def train(url: str, until: int, *, every: int = EVERY) -> dict[int, float]:
 
 @pytest.fixture(scope="session")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> Moved:
-    folder: Path = tmp_path_factory.mktemp("moved")
+    return make_moved(tmp_path_factory.mktemp("moved"))
+
+
+def make_moved(folder: Path) -> Moved:
+    """Train, move, and train on."""
     source, target = f"file://{folder}/here", f"file://{folder}/there"
     losses = train(source, CUT)
     replicate(source, target)

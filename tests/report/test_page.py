@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -20,7 +21,7 @@ from gpumove.report.making import report
 from gpumove.report.style import CSS
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
-from tests.report.conftest import CUT, END, EVERY, Moved, train
+from tests.report.conftest import CUT, END, EVERY, Moved, make_moved, train
 from tests.runs import flip, objects
 
 VOID = {"meta", "br", "hr"}
@@ -202,6 +203,26 @@ def test_what_retention_has_removed_is_told_to_be_unknown(tmp_path: Path) -> Non
     assert "what happened before log entry" in text
     assert "The losses of steps 1 to 80: no manifest that is here has them" in text
     assert "save step 100 was saved" in text
+
+
+def test_the_cut_is_known_although_retention_has_removed_the_handover(tmp_path: Path) -> None:
+    moved = make_moved(tmp_path)
+    for until in (END + EVERY, END + 2 * EVERY):
+        assert main(["gc", moved.target, "--keep-last", "2", "--yes"]) == 0
+        train(moved.target, until)
+    states = [m["state"] for m in json.loads(_json(tmp_path / "there" / "log")) if m["kind"] == "move"]
+    assert states == [], "no entry of the move is left"
+    text = Reader(report([moved.source, moved.target])).text
+    assert f"The move is marked after step {CUT}" in text
+    assert f"The losses of steps {CUT + 1} to {END - EVERY}: no manifest that is here has them" in text
+    assert "becomes a copy" not in text
+    alone = Reader(report([moved.target])).text
+    assert "After which step the run was moved: give the URL that it came from too." in alone
+    assert f"after the move: {moved.losses[END - EVERY + 1]:.4g} at step {END - EVERY + 1}" in alone
+
+
+def _json(folder: Path) -> str:
+    return f"[{','.join(p.read_text() for p in sorted(folder.iterdir()))}]"
 
 
 def test_two_runs_that_have_nothing_to_do_with_each_other(tmp_path: Path) -> None:
