@@ -28,7 +28,9 @@ def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
     found.add_argument("--max-blackout", metavar="S", help="do not stop the job for longer than this, such as 30s")
     found.add_argument("--limit", metavar="RATE", help="no more than this, such as 200MB/s or 1Gbit/s")
     found.add_argument("--in-flight", metavar="N", default="16", help="objects under way at once (16)")
-    found.add_argument("--to-region", metavar="REGION", help="where the store lies that is copied to, if it does not tell")
+    found.add_argument(
+        "--to-region", metavar="REGION", help="where the store lies that is copied to, if it does not tell"
+    )
     found.add_argument("--leave-timeout", metavar="S", default="600", help="how long the job may take to leave (600)")
     found.add_argument("--arrive-timeout", metavar="S", default="600", help="how long to wait for the job at DST (600)")
     found.add_argument("--no-wait", action="store_true", help="do not wait for the job at DST")
