@@ -48,8 +48,8 @@ LAYERS = [
     [
         "move.pace", "move.regions", "move.lending", "move.copier", "move.admission", "move.replica", "move.rounds",
         "move.plain", "move.replicate",
-        "move.phase", "move.cutover", "move.checks", "move.report", "move.entries", "move.precopy", "move.herald", "move.machine",
-        "move.moving",
+        "move.phase", "move.cutover", "move.checks", "move.report", "move.entries", "move.precopy", "move.herald",
+        "move.machine", "move.moving",
     ],
     [
         "estimates.interval", "estimates.tables", "estimates.places", "estimates.facts", "estimates.transfer",
@@ -62,8 +62,8 @@ LAYERS = [
     ],
     ["data.sums", "data.folder", "data.shard", "data.fetcher", "data.stage"],
     [
-        "cadence", "steplog", "handle", "telemetry", "losses", "health", "watchdog", "meeting", "staged", "retention", "runner",
-        "saver", "lazy", "waiting", "takeover", "from_env",
+        "cadence", "steplog", "handle", "telemetry", "losses", "health", "watchdog", "meeting", "staged",
+        "retention", "runner", "saver", "lazy", "waiting", "takeover", "from_env",
         "leave.deadline", "leave.countdown", "leave.board", "leave.messages", "leave.pulse", "leave.departure",
         "leave.requests",
         "leave.council", "leave.leaving", "leave.way_out",
