@@ -121,6 +121,7 @@ class Record:
 def set_up(args: argparse.Namespace) -> tuple[torch.device, int]:
     """Determinism, device and process group. Losses are equal in every bit only with equal numbers of threads."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("MKL_CBWR", "AUTO")  # without it MKL promises the same sums from run to run to nobody
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(args.threads)
     device = torch.device("cpu")
