@@ -12,7 +12,7 @@ from gpumove.move.rounds import Forecast
 Step = Literal["round", "wait", "cut", "stop", "steps", "usual"]
 _TRIES = 3
 """Commits that are waited for in the hope of a shorter blackout, once the target has had the newest one."""
-_CATCH_UP = 12
+_CATCH_UP = 30
 """Rounds that may take the target from one commit behind to none: they cost time only, and save a whole delta."""
 _RECENT = 5
 
