@@ -23,6 +23,7 @@ from benchmarks.move_run import Cell, Machine
 from benchmarks.move_states import NAMES
 from benchmarks.report import Verdict, write_json
 
+_WIDTH = 120
 _PARTS = ("leave", "copy", "hand over", "restore", "replay")
 _STEP_SHARE = {"lora": 0.007, "mixed": 0.10, "fp32": 0.28}
 """What a difference of one step is of the raw state: whether a link keeps up with every step is known beforehand."""
@@ -116,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     os.environ.update(AWS_EC2_METADATA_DISABLED="true", AWS_DEFAULT_REGION="us-east-1", NO_PROXY="127.0.0.1")
     machine, began, console = facts(), time.monotonic(), Console()
+    console.width = max(console.width, _WIDTH)
     options.out.mkdir(parents=True, exist_ok=True)
     done: list[Cell] = []
     with tempfile.TemporaryDirectory(dir=options.out, prefix="scratch-", ignore_cleanup_errors=True) as name:

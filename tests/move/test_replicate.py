@@ -47,12 +47,18 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, st
     return call
 
 
+def heeds_interrupts() -> None:
+    """Also where whoever runs the tests has them ignored, as nohup does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def started(source: Place, target: Place, *options: str) -> Iterator[subprocess.Popen[str]]:
     """The same in a process of its own, gone at the end."""
     child = subprocess.Popen(
         [sys.executable, "-m", "gpumove", *command(source, target, *options)],
         cwd=ROOT, env={**os.environ, **ENV}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=heeds_interrupts,
     )  # fmt: skip
     try:
         yield child
