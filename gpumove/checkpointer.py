@@ -242,7 +242,7 @@ class Checkpointer:
     def step(self, step: int, *, loss: torch.Tensor | float | None = None) -> bool:
         """Tell that a step is complete, after ``optimizer.step`` and everything else that belongs to it.
 
-        Between meetings this takes about a microsecond. At a meeting, a due save is staged and handed to the background.
+        Between meetings this takes a microsecond. At a meeting, a due save is staged and handed to the background.
 
         Args:
             step: the number of steps done; it grows.
