@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpumove.cli_options import parse_rate, parse_size, seconds, storage_options, whole
-from gpumove.cli_tables import Cell, Screen, size
+from gpumove.cli_tables import Cell, Screen
 from gpumove.errors import ConfigError
 from gpumove.estimates.estimate import Estimate, estimate
 from gpumove.estimates.facts import Facts
@@ -16,6 +16,7 @@ from gpumove.estimates.outlook import Outlook
 from gpumove.estimates.probing import Probe, probe
 from gpumove.estimates.tables import Price, Prices, price, read_prices
 from gpumove.estimates.transfer import Transfer
+from gpumove.words import size
 
 Arguments = argparse.Namespace
 _STYLES = {"go": "bold green", "stay": "bold yellow", "unsure": "bold yellow", "impossible": "bold red"}

@@ -9,10 +9,11 @@ from collections.abc import Callable
 import msgspec
 
 from gpumove.cli_options import parse_rate, storage_options, whole
-from gpumove.cli_tables import Screen, size
+from gpumove.cli_tables import Screen
 from gpumove.errors import ConfigError, IntegrityError
 from gpumove.move.replicate import Replication, replicate
 from gpumove.move.rounds import Forecast, Round
+from gpumove.words import count, size
 
 Arguments = argparse.Namespace
 
@@ -78,8 +79,8 @@ def _show_round(screen: Screen, found: Round, expected: Forecast, *, follow: boo
 def show_replication(screen: Screen, done: Replication) -> None:
     """What was done, in a few lines."""
     rate = "" if done.rate_bytes_s is None else f" at {size(int(done.rate_bytes_s))}/s"
-    many = f"{done.objects} object{'' if done.objects == 1 else 's'}"
-    what = f"{many}, {size(done.nbytes)}, in {done.seconds:.1f} s{rate}" if done.objects else "nothing: all is there"
+    sent = f"{count(done.objects, 'object')}, {size(done.nbytes)}, in {done.seconds:.1f} s{rate}"
+    what = sent if done.objects else "nothing: all is there"
     screen.line(("sent    ", "bold"), what)
     if done.run:
         steps = ", ".join(map(str, done.steps)) or "none"

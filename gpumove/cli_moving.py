@@ -10,10 +10,11 @@ from collections.abc import Callable
 import msgspec
 
 from gpumove.cli_options import parse_rate, seconds, storage_options, whole
-from gpumove.cli_tables import Screen, size
+from gpumove.cli_tables import Screen
 from gpumove.errors import ConfigError
 from gpumove.move.moving import move
 from gpumove.move.report import Event, Report, Wishes
+from gpumove.words import size
 
 Arguments = argparse.Namespace
 _STYLES = {"done": "bold green", "cancelled": "bold yellow", "forced": "bold red", "damaged": "bold red"}

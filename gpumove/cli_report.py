@@ -18,7 +18,7 @@ from gpumove.errors import ConfigError
 from gpumove.inspection.run import open_run
 from gpumove.report.making import report
 from gpumove.report.status import Status, Watch
-from gpumove.report.words import lasting, size
+from gpumove.words import lasting, size
 
 Arguments = argparse.Namespace
 

@@ -24,6 +24,7 @@ from gpumove.inspection.groups import Way
 from gpumove.inspection.run import VerifyReport
 from gpumove.inspection.summary import Detail, Overview, Row, TensorRow
 from gpumove.store.gc import Plan
+from gpumove.words import age, count, size
 
 Cell = str | tuple[str, str]
 """Text, or text and its style."""
@@ -113,28 +114,6 @@ def _plain(cell: Cell) -> str:
     return cell if isinstance(cell, str) else cell[0]
 
 
-def size(nbytes: int) -> str:
-    """Bytes for people, in powers of 1024."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def age(seconds: float) -> str:
-    """How long ago, for people."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"
-
-
-def _say_count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
-
-
 # -------------------------------------------------------------------- one function per verb
 
 
@@ -174,10 +153,10 @@ def show_detail(screen: Screen, data: Detail) -> None:
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(data.time))
     facts = {
         "checkpoint": f"step {data.step}, entry {data.entry}{', pinned' if data.pinned else ''}",
-        "written": f"{when}, epoch {data.epoch}, attempt {data.attempt}, {_say_count(data.world_size, 'rank')}",
+        "written": f"{when}, epoch {data.epoch}, attempt {data.attempt}, {count(data.world_size, 'rank')}",
         "state": f"{size(data.state_bytes)}, stored in {size(data.stored_bytes)}",
         "sent": f"{size(data.new_bytes)} of packs; {size(data.older_stored_bytes)} unchanged lie in older ones",
-        "restore": f"fetches {size(data.restore_bytes)}, through up to {_say_count(data.chain, 'earlier save')}",
+        "restore": f"fetches {size(data.restore_bytes)}, through up to {count(data.chain, 'earlier save')}",
         "values": ", ".join(data.values) or "none",
         "losses": _say_trace(data),
         "manifest": data.manifest,
@@ -238,7 +217,7 @@ def show_verify(screen: Screen, data: VerifyReport) -> None:
     """``verify``."""
     read = f"{size(data.read_bytes)} of packs were read" if data.deep else "packs were not read: --deep does that"
     looked = (
-        f"{_say_count(len(data.checkpoints), 'checkpoint')}, {_say_count(data.objects, 'object')}, "
+        f"{count(len(data.checkpoints), 'checkpoint')}, {count(data.objects, 'object')}, "
         f"{size(data.object_bytes)} in {data.seconds:.1f} s; {read}"
     )
     for found in data.damage:
@@ -251,7 +230,7 @@ def show_verify(screen: Screen, data: VerifyReport) -> None:
     if data.sound:
         screen.line(("sound", "bold green"), f": {looked}")
         return
-    screen.line((f"{_say_count(len(data.damage), 'object')} damaged", "bold red"), f": {looked}")
+    screen.line((f"{count(len(data.damage), 'object')} damaged", "bold red"), f": {looked}")
     newest = "no checkpoint is sound" if data.newest_sound is None else f"step {data.newest_sound}"
     screen.line(("newest sound checkpoint ", "bold"), newest)
 
@@ -260,21 +239,21 @@ def show_gc(screen: Screen, plan: Plan, *, done: bool) -> None:
     """``gc``."""
     screen.line(("keep   ", "bold"), _say_steps(plan.kept))
     screen.line(("drop   ", "bold"), _say_steps(plan.dropped))
-    what = f"{_say_count(len(plan.doomed), 'object')}, {size(plan.doomed_bytes)}"
+    what = f"{count(len(plan.doomed), 'object')}, {size(plan.doomed_bytes)}"
     screen.line(("delete ", "bold"), what)
     screen.line("done" if done else "nothing was changed: this was a dry run, --yes does it")
 
 
 def _say_steps(found: Sequence[Checkpoint]) -> str:
     steps = ", ".join(str(c.step) + (" (pinned)" if c.pinned else "") for c in found)
-    return f"{_say_count(len(found), 'checkpoint')}{f', of steps {steps}' if steps else ''}"
+    return f"{count(len(found), 'checkpoint')}{f', of steps {steps}' if steps else ''}"
 
 
 def show_export(screen: Screen, data: ExportReport) -> None:
     """``export``."""
     screen.line(
-        f"step {data.step}: {_say_count(data.tensors, 'tensor')}, {size(data.tensor_bytes)} in "
-        f"{_say_count(len(data.files), 'file')} at {data.out} ({data.seconds:.1f} s)"
+        f"step {data.step}: {count(data.tensors, 'tensor')}, {size(data.tensor_bytes)} in "
+        f"{count(len(data.files), 'file')} at {data.out} ({data.seconds:.1f} s)"
     )
     for name, first in data.tied.items():
         screen.line(f"left out {name}, which is tied to {first}")

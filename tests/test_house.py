@@ -17,7 +17,8 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 # The order of the list is the order of the layers: a module imports only from those above it.
 LAYERS = [
-    ["version", "errors", "config", "budget", "memory", "tracing", "environment", "prctl", "cmdline", "steptimes"],
+    ["version", "errors", "config", "budget", "memory", "tracing", "environment", "prctl", "cmdline", "words",
+     "steptimes"],
     [
         "format.native", "format.kernels", "format.arithmetic", "format.entropy", "format.lanes", "format.layouts",
         "format.planes", "format.predict", "format.differences", "format.codec", "format.dtypes", "format.rules",
@@ -57,7 +58,7 @@ LAYERS = [
         "estimates.outlook", "estimates.estimate", "estimates.against",
     ],
     [
-        "report.words", "report.points", "report.history", "report.compare", "report.markup", "report.charts",
+        "report.points", "report.history", "report.compare", "report.markup", "report.charts",
         "report.tables", "report.sections", "report.style", "report.page", "report.making", "report.status",
     ],
     ["data.sums", "data.folder", "data.shard", "data.fetcher", "data.stage"],

@@ -14,11 +14,11 @@ from gpumove.format.manifest import Checkpoint, Claim, Collect, LogEntry, Manife
 from gpumove.inspection.condition import explain
 from gpumove.inspection.run import VerifyReport
 from gpumove.report.points import Point, points
-from gpumove.report.words import count
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from gpumove.store.records import read_manifest
 from gpumove.store.view import View
+from gpumove.words import count
 
 _READERS = 16
 

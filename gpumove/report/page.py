@@ -18,8 +18,8 @@ from gpumove.report.sections import (
     unknowns,
 )
 from gpumove.report.style import CSS
-from gpumove.report.words import when
 from gpumove.version import __version__
+from gpumove.words import when
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 

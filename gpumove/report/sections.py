@@ -13,7 +13,7 @@ from gpumove.report.compare import Comparison, Line
 from gpumove.report.history import Event, Saved
 from gpumove.report.markup import Markup, tag
 from gpumove.report.tables import UNKNOWN, moment, table, tiles
-from gpumove.report.words import count, lasting, size, when
+from gpumove.words import count, lasting, size, when
 
 _LANES = ("save", "start", "restore", "notice", "move", "health", "note")
 _MOST_ROWS, _MOST_BARS, _MOST_GAPS = 500, 40, 5

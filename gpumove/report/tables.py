@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from gpumove.report.markup import Markup, tag
-from gpumove.report.words import when
+from gpumove.words import when
 
 UNKNOWN = tag("span", "unknown", cls="unknown")
 _TALL = 12

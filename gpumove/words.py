@@ -1,4 +1,4 @@
-"""Numbers in words, for the page and the terminal. Knows nothing of runs."""
+"""Numbers in words, for pages and terminals. Knows nothing of runs."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def lasting(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def age(seconds: float) -> str:
+    """How long ago."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def count(number: int, thing: str) -> str:
