@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from gpumove.cli_options import parse_rate, storage_options, whole
+from gpumove.cli_options import add_copying, copying, whole
 from gpumove.cli_tables import Screen
 from gpumove.errors import ConfigError, IntegrityError
 from gpumove.move.replicate import Replication, replicate
@@ -23,11 +23,9 @@ def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
     found = verb("replicate", run_replicate, ends="dst")
     found.add_argument("--step", metavar="N", help="of a run: one checkpoint, latest (default) or all")
     found.add_argument("--follow", action="store_true", help="go on with every checkpoint that the run commits")
-    found.add_argument("--limit", metavar="RATE", help="no more than this, such as 200MB/s or 1Gbit/s")
-    found.add_argument("--in-flight", metavar="N", default="16", help="objects under way at once (16)")
+    add_copying(found)
     found.add_argument("--deep", action="store_true", help="read what is there already too, and mend it")
     found.add_argument("--keep-last", metavar="N", help="newest checkpoints that stay at DST, or all")
-    found.add_argument("--to-region", metavar="REGION", help="where DST lies, for a store that does not tell")
     found.add_argument("--keep-every", metavar="K", help="also keep those whose step is a multiple of this")
 
 
@@ -37,12 +35,10 @@ def run_replicate(args: Arguments, screen: Screen) -> int:
     with screen.progress("copying") as progress:
         done = replicate(
             args.src, args.dst, step=_step(args.step), follow=args.follow,
-            limit=None if args.limit is None else parse_rate("--limit", args.limit),
-            in_flight=whole("--in-flight", args.in_flight), deep=args.deep,
+            deep=args.deep,
             keep_last=_keep_last(args.keep_last),
             keep_every=None if args.keep_every is None else whole("--keep-every", args.keep_every),
-            from_options=storage_options(args, "--from-option"), to_options=storage_options(args, "--to-option"),
-            to_region=args.to_region, progress=progress,
+            progress=progress, **copying(args),
             each=lambda found, expected: _show_round(screen, found, expected, follow=args.follow),
         )  # fmt: skip
     if args.follow and screen.json:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from gpumove.cli_options import parse_rate, seconds, storage_options, whole
+from gpumove.cli_options import add_copying, copying, seconds
 from gpumove.cli_tables import Screen
 from gpumove.errors import ConfigError
 from gpumove.move.moving import move
@@ -27,11 +27,7 @@ def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
     way.add_argument("--resume", action="store_true", help="go on with the move that is under way, whoever began it")
     way.add_argument("--rollback", action="store_true", help="give SRC the run back, with what DST has trained since")
     found.add_argument("--max-blackout", metavar="S", help="do not stop the job for longer than this, such as 30s")
-    found.add_argument("--limit", metavar="RATE", help="no more than this, such as 200MB/s or 1Gbit/s")
-    found.add_argument("--in-flight", metavar="N", default="16", help="objects under way at once (16)")
-    found.add_argument(
-        "--to-region", metavar="REGION", help="where the store lies that is copied to, if it does not tell"
-    )
+    add_copying(found)
     found.add_argument("--leave-timeout", metavar="S", default="600", help="how long the job may take to leave (600)")
     found.add_argument("--arrive-timeout", metavar="S", default="600", help="how long to wait for the job at DST (600)")
     found.add_argument("--no-wait", action="store_true", help="do not wait for the job at DST")
@@ -55,10 +51,7 @@ def run_move(args: Arguments, screen: Screen) -> int:
     with screen.progress("copying") as progress:
         done = move(
             args.src, args.dst, wishes, resume=args.resume, rollback=args.rollback,
-            limit=None if args.limit is None else parse_rate("--limit", args.limit),
-            in_flight=whole("--in-flight", args.in_flight), to_region=args.to_region,
-            from_options=storage_options(args, "--from-option"), to_options=storage_options(args, "--to-option"),
-            tell=lambda event: _tell(screen, event), progress=progress,
+            **copying(args), tell=lambda event: _tell(screen, event), progress=progress,
         )  # fmt: skip
     screen.give(done, lambda s: show_move(s, done))
     return 0

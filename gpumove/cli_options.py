@@ -34,6 +34,24 @@ def storage_options(args: argparse.Namespace, option: str = "--option") -> dict[
     return options
 
 
+def add_copying(found: argparse.ArgumentParser) -> None:
+    """The options of every verb that copies from one store to another."""
+    found.add_argument("--limit", metavar="RATE", help="no more than this, such as 200MB/s or 1Gbit/s")
+    found.add_argument("--in-flight", metavar="N", default="16", help="objects under way at once (16)")
+    found.add_argument("--to-region", metavar="REGION", help="where the store copied to lies, if it does not tell")
+
+
+def copying(args: argparse.Namespace) -> dict[str, Any]:
+    """What they say, and the storage options of both ends, as arguments."""
+    return {
+        "limit": None if args.limit is None else parse_rate("--limit", args.limit),
+        "in_flight": whole("--in-flight", args.in_flight),
+        "to_region": args.to_region,
+        "from_options": storage_options(args, "--from-option"),
+        "to_options": storage_options(args, "--to-option"),
+    }
+
+
 def _value(text: str) -> Any:
     """JSON where it reads as JSON (true, 3, {...}, "3"), else the text itself."""
     try:

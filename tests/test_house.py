@@ -47,8 +47,8 @@ LAYERS = [
         "inspection.export_plan", "inspection.export", "inspection.doctor",
     ],
     [
-        "move.pace", "move.regions", "move.lending", "move.copier", "move.admission", "move.replica", "move.rounds",
-        "move.plain", "move.replicate",
+        "move.two_ends", "move.pace", "move.regions", "move.lending", "move.copier", "move.admission",
+        "move.replica", "move.rounds", "move.plain", "move.replicate",
         "move.phase", "move.cutover", "move.checks", "move.report", "move.entries", "move.precopy", "move.herald",
         "move.machine", "move.moving",
     ],

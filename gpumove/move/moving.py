@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing
 from typing import Any
 
 from gpumove.config import Config
@@ -22,6 +22,7 @@ from gpumove.move.regions import check_region
 from gpumove.move.replica import Replica
 from gpumove.move.report import Event, Report, Wishes
 from gpumove.move.rounds import Rounds
+from gpumove.move.two_ends import two_ends
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 
@@ -67,15 +68,8 @@ def move(
         StoreError: a store failed, or a job does not answer. ``resume`` goes on, ``rollback`` takes back.
         FencedError: somebody else has carried the move on.
     """
-    if not 1 <= in_flight <= 256:
-        raise ConfigError(f"in_flight must be between 1 and 256, not {in_flight}")
-    config = Config.from_env() if config is None else config
-    config = config.replace(concurrency=max(config.concurrency, min(256, in_flight)))
-    with ExitStack() as opened:
-        source = opened.enter_context(closing(Store.open(src, config, options=from_options)))
-        target = opened.enter_context(closing(Store.open(dst, config, options=to_options)))
-        if f"{target.url}/".startswith(f"{source.url}/") or f"{source.url}/".startswith(f"{target.url}/"):
-            raise ConfigError(f"{source.url} and {target.url} are one place, or one lies in the other")
+    both = two_ends(src, dst, in_flight=in_flight, config=config, from_options=from_options, to_options=to_options)
+    with both as (source, target, config):
         if wishes.force and not rollback and not _answers(src, config, from_options):
             return _without_source(source, target, tell)
         if wishes.force and rollback and not _answers(dst, config, to_options):

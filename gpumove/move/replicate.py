@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,9 @@ from gpumove.move.plain import Plain, holds_run
 from gpumove.move.regions import check_region
 from gpumove.move.replica import Replica
 from gpumove.move.rounds import Forecast, Round, Rounds
+from gpumove.move.two_ends import two_ends
 from gpumove.store.gc import Retention
 from gpumove.store.log import Log
-from gpumove.store.objects import Store
 
 Told = Callable[[Round, Forecast], None]
 
@@ -95,15 +94,10 @@ def replicate(
         IntegrityError: nothing could be brought because it is damaged at ``src``.
         StoreError: one of the stores failed.
     """
-    _check(step, limit, in_flight)
+    _check(step, limit)
     keep = _retention(keep_last, keep_every)
-    config = Config.from_env() if config is None else config
-    config = config.replace(concurrency=max(config.concurrency, min(256, in_flight)))
-    with ExitStack() as opened:
-        source = opened.enter_context(closing(Store.open(src, config, options=from_options)))
-        target = opened.enter_context(closing(Store.open(dst, config, options=to_options)))
-        if f"{target.url}/".startswith(f"{source.url}/") or f"{source.url}/".startswith(f"{target.url}/"):
-            raise ConfigError(f"{source.url} and {target.url} are one place, or one lies in the other")
+    both = two_ends(src, dst, in_flight=in_flight, config=config, from_options=from_options, to_options=to_options)
+    with both as (source, target, config):
         check_region(target, config.allowed_regions, to_region)
         copier = Copier(source, target, in_flight=in_flight, budget_bytes=config.budget_bytes, limit_bytes_s=limit)
         if not holds_run(source):
@@ -118,13 +112,11 @@ def replicate(
         return _run(rounds, step, follow=follow, each=each or (lambda found, forecast: None), progress=progress)
 
 
-def _check(step: int | str | None, limit: float | None, in_flight: int) -> None:
+def _check(step: int | str | None, limit: float | None) -> None:
     if not (step in (None, "latest", "all") or type(step) is int):
         raise ConfigError(f"step is a number, 'latest' or 'all', not {step!r}")
     if limit is not None and not 0 < limit < float("inf"):
         raise ConfigError(f"limit is a number of bytes per second above 0, not {limit!r}")
-    if not 1 <= in_flight <= 256:
-        raise ConfigError(f"in_flight must be between 1 and 256, not {in_flight}")
 
 
 def _retention(keep_last: int | str | None, keep_every: int | None) -> Retention | None:
