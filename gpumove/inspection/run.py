@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from gpumove.config import Config
-from gpumove.errors import ConfigError, IntegrityError, ObjectNotFoundError
+from gpumove.errors import ConfigError, IntegrityError
 from gpumove.format import keys
-from gpumove.format.manifest import Checkpoint, LogEntry, decode_checked
+from gpumove.format.manifest import Checkpoint
 from gpumove.inspection.survey import Progress, Survey
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
-from gpumove.store.view import Broken, View
+from gpumove.store.records import read_every_entry
+from gpumove.store.view import View
 
 
 @contextmanager
@@ -212,26 +212,13 @@ def _broken(view: View) -> list[Damage]:
     return [Damage(keys.entry_key(b.number), b.error, "integrity.record") for b in view.broken]
 
 
-def _salvage(store: Store, *, threads: int = 16) -> tuple[View, list[Damage]]:
+def _salvage(store: Store) -> tuple[View, list[Damage]]:
     """What can be read of a log that as a whole cannot, and its holes."""
-
-    def read(number: int) -> LogEntry | Broken | None:
-        key = keys.entry_key(number)
-        try:
-            return decode_checked(LogEntry, store.get(key), key=key)  # type: ignore[arg-type]
-        except ObjectNotFoundError:
-            return None
-        except IntegrityError as error:
-            return Broken(number, str(error))
-
-    present = [n for o in store.list("log/") if (n := keys.entry_number(o.key)) is not None]
-    numbers = range(min(present, default=1), max(present, default=0) + 1)
-    with ThreadPoolExecutor(threads) as pool:
-        entries = list(pool.map(read, numbers))
+    entries = read_every_entry(store, holes=True)
     view = View()
-    for entry in entries:
+    for entry in entries.values():
         view = view if entry is None else view.extended(entry)
     # What lies below the newest gc entry is dead weight, and may be missing; without one, number 1 is the first.
-    holes = [1] if view.first == 1 < numbers.start else []
-    holes += [n for n, entry in zip(numbers, entries) if entry is None and n >= view.first]
+    holes = [1] if view.first == 1 < min(entries, default=1) else []
+    holes += [n for n, entry in entries.items() if entry is None and n >= view.first]
     return view, [Damage(keys.entry_key(n), "it is missing: the log has a hole", "integrity.log_hole") for n in holes]

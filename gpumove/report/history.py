@@ -8,16 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from gpumove.errors import IntegrityError, ObjectNotFoundError
-from gpumove.format import keys
-from gpumove.format.manifest import Checkpoint, Claim, Collect, LogEntry, Manifest, Move, Note, decode_checked
+from gpumove.errors import IntegrityError
+from gpumove.format.manifest import Checkpoint, Claim, Collect, LogEntry, Manifest, Move, Note
 from gpumove.inspection.condition import explain
 from gpumove.inspection.run import VerifyReport
 from gpumove.report.points import Point, points
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
-from gpumove.store.records import read_manifest
-from gpumove.store.view import View
+from gpumove.store.records import read_every_entry, read_manifest
+from gpumove.store.view import Broken, View
 from gpumove.words import count
 
 _READERS = 16
@@ -90,7 +89,9 @@ def read_history(log: Log, checked: VerifyReport | None = None) -> History:
         IntegrityError: the log has a hole.
     """
     view = log.read()
-    entries, broken = _entries(log.store, view.head)
+    left = {n: entry for n, entry in read_every_entry(log.store, holes=False).items() if n <= view.head}
+    entries = [entry for entry in left.values() if entry is not None and not isinstance(entry, Broken)]
+    broken = [n for n, entry in left.items() if isinstance(entry, Broken)]
     manifests, lost = _manifests(log.store, view.checkpoints)
     saves = tuple(_saved(c, lost.get(c.number), checked) for c in view.checkpoints)
     events = [event for entry in entries if (event := _event(entry)) is not None]
@@ -105,25 +106,6 @@ def read_history(log: Log, checked: VerifyReport | None = None) -> History:
         moves=_moves(entries),
         unknown=tuple(_unknown(view, entries, manifests, lost, broken)), deep=checked is not None and checked.deep,
     )  # fmt: skip
-
-
-def _entries(store: Store, head: int) -> tuple[list[LogEntry], list[int]]:
-    """All entries that can still be read, also those that retention has left behind; and the unreadable ones."""
-
-    def read(number: int) -> LogEntry | int | None:
-        key = keys.entry_key(number)
-        try:
-            return decode_checked(LogEntry, store.get(key), key=key)  # type: ignore[arg-type]
-        except ObjectNotFoundError:
-            return None
-        except IntegrityError:
-            return number
-
-    numbers = (keys.entry_number(found.key) for found in store.list("log/"))
-    with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(read, sorted(n for n in numbers if n is not None and n <= head)))
-    entries = [entry for entry in found if entry is not None and not isinstance(entry, int)]
-    return entries, [entry for entry in found if isinstance(entry, int)]
 
 
 def _manifests(store: Store, checkpoints: Sequence[Checkpoint]) -> tuple[dict[int, Manifest], dict[int, str]]:

@@ -1,4 +1,4 @@
-"""Manifests and parts, read and verified by the digest they are named with. Knows records, never tensors."""
+"""Manifests and parts, verified by the digest they are named with, and what is left of a log. Never tensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,37 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from gpumove.errors import IntegrityError, ObjectNotFoundError
+from gpumove.format import keys
 from gpumove.format.codec import digest
-from gpumove.format.manifest import Checkpoint, Manifest, Part, PartRef, decode
+from gpumove.format.manifest import Checkpoint, LogEntry, Manifest, Part, PartRef, decode, decode_checked
 from gpumove.store.objects import Store
+from gpumove.store.view import Broken
 
-_READS = 3
+_READS, _READERS = 3, 16
+
+
+def read_every_entry(store: Store, *, holes: bool) -> dict[int, LogEntry | Broken | None]:
+    """All that is left of a log, by number, also what retention has left behind; None for what is missing.
+
+    Args:
+        store: the run.
+        holes: ask for those too that a listing does not show: it is no snapshot.
+    """
+
+    def read(number: int) -> LogEntry | Broken | None:
+        key = keys.entry_key(number)
+        try:
+            return decode_checked(LogEntry, store.get(key), key=key)  # type: ignore[arg-type]
+        except ObjectNotFoundError:
+            return None
+        except IntegrityError as error:
+            return Broken(number, str(error))
+
+    numbers: Sequence[int] = [n for o in store.list("log/") if (n := keys.entry_number(o.key)) is not None]
+    if holes and numbers:
+        numbers = range(min(numbers), max(numbers) + 1)
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(numbers, pool.map(read, numbers)))
 
 
 def read_manifest(store: Store, checkpoint: Checkpoint) -> Manifest:
