@@ -20,9 +20,16 @@ def available_bytes() -> int | None:
     return min(known, default=None)
 
 
-def _machine() -> int | None:
+def total_bytes() -> int | None:
+    """Bytes that the machine has, or the container may take; None if not known."""
+    limits = [_read(most) for most, *_ in _CGROUPS]
+    known = [_machine("MemTotal"), *(int(n) for n in limits if n is not None and n.strip().isdigit())]
+    return min((n for n in known if n is not None), default=None)
+
+
+def _machine(name: str = "MemAvailable") -> int | None:
     for line in (_read("/proc/meminfo") or "").splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) << 10
     return None
 

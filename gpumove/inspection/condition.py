@@ -9,7 +9,7 @@ def explain(view: View, url: str) -> str:
     """The condition of one log for people, and what to do about it; "" if there is nothing to say."""
     move = view.move
     if view.sealed:
-        if move is not None and move.state == "done":
+        if move is not None and move.is_over:
             return f"moved to {view.sealed}, where it trains: no job may write here"
         finish = f"`gpumove move {url} --to {view.sealed} --resume`"
         return f"moved to {view.sealed}, where nobody is known to train yet: start the job there; see {finish}"
@@ -27,6 +27,6 @@ def explain(view: View, url: str) -> str:
             return f"the job has left for {move.other}, which is to be handed the run; {end}"
         case "handover" if view.epoch == move.epoch:
             return f"the run was handed over from {move.other}: start the job here with `gpumove run {url}`"
-        case "done":
+        case "done" | "watched":
             return f"the run was moved here from {move.other}"
     return ""

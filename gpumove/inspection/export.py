@@ -12,26 +12,35 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from gpumove.config import Config
 from gpumove.errors import ConfigError, StoreError
 from gpumove.fetch import fetch
 from gpumove.format.boxes import Box
 from gpumove.format.dtypes import item_bytes
+from gpumove.format.pointer import ExportedFile, Pointer
 from gpumove.inspection.export_plan import CONVERTIBLE, File, Tensor, lay_out, runs, select, tied_names
+from gpumove.inspection.folder import appearing, companions, created, saying, sum_of, sync, write_at, write_file
+from gpumove.inspection.receipt import RECEIPT, Receipt
 from gpumove.inspection.run import open_run, pick
 from gpumove.inspection.survey import Progress
 from gpumove.ranges import Wanted
 from gpumove.store.objects import Store
 from gpumove.store.records import read_manifest, read_parts
+from gpumove.version import __version__
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|\.model.*\.[0-9a-f]{8}\.part")
+_OURS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|gpumove-export\.json"
+    r"|\.(model|gpumove-export).*\.[0-9a-f]{8}\.part"
+)
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,13 @@ def export(
     url: str,
     out: str | os.PathLike[str],
     *,
-    step: int | None = None,
+    step: int | Pointer | None = None,
     what: str = "model",
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     drop_tied: bool = False,
     force: bool = False,
+    beside: str | os.PathLike[str] | None = None,
     config: Config | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -66,13 +76,14 @@ def export(
     Args:
         url: the run.
         out: a folder, made if absent.
-        step: which checkpoint; the newest if None.
+        step: which checkpoint: its step, a pointer, or the newest if None.
         what: ``"model"``, ``"all"``, or the beginning of names in whole words, such as ``"objects.ema"``. It is removed
             from the names, except for ``"all"``.
         dtype: turn floating point tensors into this dtype; needs torch.
         max_shard_bytes: begin another file rather than exceed this; a tensor that is larger gets its own.
         drop_tied: write tensors that were stored once because they are tied under their first name only.
         force: write into a folder that is not empty, replacing an earlier export.
+        beside: a folder whose files, all but weights, are copied too: configuration, tokenizer, licence.
         config: bounds; by default from the environment.
         storage_options: for fsspec.
         progress: told (bytes written, bytes to write).
@@ -85,15 +96,21 @@ def export(
     began, config = time.perf_counter(), Config.from_env() if config is None else config
     folder = Path(out)
     _check_request(folder, dtype=dtype, max_shard_bytes=max_shard_bytes, force=force)
+    more = [] if beside is None else [p for p in companions(Path(beside)) if not _OURS.fullmatch(p.name)]
     with open_run(url, config=config, storage_options=storage_options) as log:
         checkpoint = pick(log.read(), step, url=log.store.url)
-        parts = read_parts(log.store, read_manifest(log.store, checkpoint).parts, concurrency=config.concurrency)
+        manifest = read_manifest(log.store, checkpoint)
+        parts = read_parts(log.store, manifest.parts, concurrency=config.concurrency)
         tensors = select(parts, what=what, dtype=dtype)
         tied = tied_names(tensors) if drop_tied else {}
         tensors = [t for t in tensors if t.name not in tied]
         files = lay_out(tensors, max_shard_bytes=max_shard_bytes)
-        with _saying(folder):
-            _Writer(log.store, config, folder, files, progress or (lambda done, total: None)).write_all()
+        receipt = Receipt(
+            __version__, manifest.run, checkpoint.step, checkpoint.attempt, checkpoint.manifest, what, dtype, {}
+        )
+        with saying(folder), appearing(folder) as into:
+            writer = _Writer(log.store, config, into, files, progress or (lambda done, total: None))
+            writer.write_all(receipt, more)
     return ExportReport(
         out=str(folder), step=checkpoint.step, files=tuple(f.name for f in files), tensors=len(tensors),
         tensor_bytes=sum(t.nbytes for t in tensors), tied=tied, seconds=time.perf_counter() - began,
@@ -111,6 +128,18 @@ def _check_request(folder: Path, *, dtype: str | None, max_shard_bytes: int, for
         raise ConfigError(f"{folder} is not empty: name another folder, or use --force to replace an earlier export")
 
 
+def _stating(config: bytes, dtype: str | None) -> bytes:
+    """A model's configuration, where it states a dtype: that of the weights now. Loaders believe it, not them."""
+    try:
+        found = json.loads(config)
+    except ValueError:
+        return config
+    stated = [key for key in ("dtype", "torch_dtype") if isinstance(found, dict) and isinstance(found.get(key), str)]
+    if dtype is None or not stated:
+        return config
+    return json.dumps({**found, **dict.fromkeys(stated, dtype)}, indent=2).encode() + b"\n"
+
+
 class _Writer:
     """Writes files one after the other; the chunks of each in parallel."""
 
@@ -120,9 +149,8 @@ class _Writer:
         self._done = 0
         self._lock = threading.Lock()
 
-    def write_all(self) -> None:
-        """All files under other names; then away with an earlier export, and each gets its own, the index last."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def write_all(self, receipt: Receipt, more: Sequence[Path]) -> None:
+        """All files under other names; then away with an earlier export, and each gets its own, the receipt last."""
         need, free = sum(f.nbytes for f in self._files), shutil.disk_usage(self._folder).free
         if free < need:
             raise StoreError(f"{self._folder} has {free} bytes free and {need} are needed", code="store.no_space")
@@ -131,14 +159,21 @@ class _Writer:
             for file in self._files:
                 self._write(self._temp(file.name, temps), file)
             if len(self._files) > 1:
-                _write_file(self._temp(INDEX, temps), self._index())
+                write_file(self._temp(INDEX, temps), self._index())
+            for path in more:
+                data = path.read_bytes()
+                write_file(self._temp(path.name, temps), _stating(data, receipt.dtype) if path.name == CONFIG else data)
+            sums = {f.name: ExportedFile(f.nbytes, sum_of(temps[f.name])) for f in self._files}
+            sums |= {name: ExportedFile(p.stat().st_size, sum_of(p)) for name, p in temps.items() if name not in sums}
+            whole = msgspec.structs.replace(receipt, files=sums)
+            write_file(self._temp(RECEIPT, temps), msgspec.json.format(msgspec.json.encode(whole)) + b"\n")
             self._retire(keep=set(temps.values()))
             for name, temp in temps.items():
                 os.replace(temp, self._folder / name)
         finally:
             for temp in temps.values():
                 temp.unlink(missing_ok=True)
-        _sync(self._folder)
+        sync(self._folder)
 
     def _temp(self, name: str, temps: dict[str, Path]) -> Path:
         temps[name] = self._folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
@@ -156,9 +191,9 @@ class _Writer:
         return json.dumps(index, indent=2).encode() + b"\n"
 
     def _write(self, path: Path, file: File) -> None:
-        with _created(path) as fd:
+        with created(path) as fd:
             os.ftruncate(fd, file.nbytes)
-            _write_all(fd, file.head, 0)
+            write_at(fd, file.head, 0)
             wanted = [
                 Wanted(tensor.name, chunk, self._placer(fd, tensor, start, chunk.box))
                 for tensor, start in zip(file.tensors, file.starts)
@@ -173,7 +208,7 @@ class _Writer:
         def place(data: memoryview) -> None:
             data, at = convert(data, tensor.stored, tensor.dtype), 0
             for first, count in runs(tensor.shape, box.offset, box.shape):
-                _write_all(fd, data[at : at + count * size], start + first * size)
+                write_at(fd, data[at : at + count * size], start + first * size)
                 at += count * size
             with self._lock:
                 self._done += len(data)
@@ -196,42 +231,3 @@ def convert(data: memoryview, stored: str, dtype: str) -> memoryview:
         raise ConfigError("converting dtypes needs torch: install it, or leave --dtype out") from None
     source = torch.frombuffer(bytearray(data), dtype=getattr(torch, stored))
     return source.to(getattr(torch, dtype)).view(torch.uint8).numpy().data
-
-
-@contextmanager
-def _created(path: Path) -> Iterator[int]:
-    """A new file, durable when this ends well."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        yield fd
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with _created(path) as fd:
-        _write_all(fd, data, 0)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_all(fd: int, data: bytes | memoryview, at: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, at)
-        data, at = data[written:], at + written
-
-
-@contextmanager
-def _saying(folder: Path) -> Iterator[None]:
-    """The disk's failures as errors of ours."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"writing to {folder} failed: {error.strerror or error}", code="store.export") from error

@@ -15,6 +15,7 @@ from gpumove.config import Config
 from gpumove.errors import ConfigError, IntegrityError
 from gpumove.format import keys
 from gpumove.format.manifest import Checkpoint
+from gpumove.format.pointer import Pointer
 from gpumove.inspection.survey import Progress, Survey
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
@@ -43,17 +44,29 @@ def _no_run(store: Store) -> ConfigError:
     return ConfigError(f"there is no gpumove run at {store.url}: check the URL", code="config.no_run")
 
 
-def pick(view: View, step: int | None, *, url: str) -> Checkpoint:
-    """The checkpoint of a step, or the newest.
+def pick(view: View, step: int | Pointer | None, *, url: str) -> Checkpoint:
+    """The checkpoint of a step, the one that a pointer names, or the newest.
 
     Raises:
         ConfigError: there is none (code ``config.no_checkpoint``).
     """
+    if isinstance(step, Pointer):
+        return _pointed(view, step, url=url)
     if (found := view.find(step)) is not None:
         return found
     have = ", ".join(str(c.step) for c in view.checkpoints[-10:])
     what = "no checkpoint yet" if not have else f"no checkpoint of step {step}; the newest are of steps {have}"
     raise ConfigError(f"the run at {url} has {what}", code="config.no_checkpoint")
+
+
+def _pointed(view: View, pointer: Pointer, *, url: str) -> Checkpoint:
+    """Several checkpoints may be of one step, of lines that were left; an attempt is one, here and in every replica."""
+    named = (pointer.attempt, pointer.manifest)
+    found = next((c for c in view.checkpoints if (c.attempt, c.manifest) == named), None)
+    if found is None:
+        what = f"step {pointer.step}, which {pointer.mark} names," if pointer.attempt else f"{pointer.mark}"
+        raise ConfigError(f"{what} is not a checkpoint of the run at {url}", code="config.no_checkpoint")
+    return found
 
 
 def checkpoints(url: str, *, storage_options: Mapping[str, Any] | None = None) -> list[Checkpoint]:

@@ -14,6 +14,7 @@ from gpumove.format.manifest import Checkpoint, Manifest, Part, PartRef, TensorE
 from gpumove.format.pack import shape_bytes
 from gpumove.inspection.condition import explain
 from gpumove.inspection.groups import Group, tally
+from gpumove.parity.trace import number
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from gpumove.store.records import read_manifest, read_parts
@@ -245,13 +246,14 @@ def _part_row(ref: PartRef, part: Part) -> PartRow:
 
 
 def _trace(manifest: Manifest) -> Trace | None:
-    if not manifest.trace:
+    rows = [row for row in manifest.trace if number(row, "loss") is not None]
+    if not rows:
         return None
-    losses = [loss for _, loss in manifest.trace if loss is not None]
+    losses = [row.loss for row in rows if row.loss is not None]
     return Trace(
-        count=len(manifest.trace),
-        first=manifest.trace[0],
-        last=manifest.trace[-1],
+        count=len(rows),
+        first=(rows[0].step, rows[0].loss),
+        last=(rows[-1].step, rows[-1].loss),
         lowest=min(losses, default=None),
         highest=max(losses, default=None),
     )
