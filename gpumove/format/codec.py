@@ -6,7 +6,7 @@ allocate more than a small multiple of that. Choosing a codec is coding.py's; th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import xxhash
@@ -28,10 +28,20 @@ def digest(*buffers: Buffer) -> str:
     """XXH3-128 of the buffers' concatenation, as 32 hex digits."""
     if len(buffers) == 1:
         return xxhash.xxh3_128_hexdigest(buffers[0])
+    return digest_all(buffers)
+
+
+def digest_all(buffers: Iterable[Buffer]) -> str:
+    """The same of buffers that are there one after the other."""
     hasher = xxhash.xxh3_128()
     for buffer in buffers:
         hasher.update(buffer)
     return hasher.hexdigest()
+
+
+def mark(buffer: Buffer) -> str:
+    """XXH3-64, as 16 hex digits: enough to tell whether two things that should be equal are."""
+    return xxhash.xxh3_64_hexdigest(buffer)
 
 
 def _decode_raw(stored: memoryview, out: memoryview, bases: Sequence[memoryview]) -> None:

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from gpumove.errors import ConfigError, IntegrityError
 from gpumove.format.codec import digest
+from gpumove.format.probes import Probe
 
 FORMAT = 1
 INLINE_BYTES = 64
@@ -106,6 +107,23 @@ class PartRef(Struct, frozen=True):
     new_bytes: int
 
 
+class Took(Struct, frozen=True, omit_defaults=True):
+    """What a save cost rank 0, in seconds, as far as it knew when the manifest was written: format.md, section 6."""
+
+    stall_s: float | None = None
+    staged_s: float | None = None
+    uploaded_s: float | None = None
+    ready_s: float | None = None
+
+
+class TraceRow(Struct, frozen=True, array_like=True):
+    """What was recorded of one step. ``facts`` are those of format.md, section 6; what is not there is not known."""
+
+    step: int
+    loss: float | None = None
+    facts: dict[str, Any] = {}
+
+
 class Manifest(Record, frozen=True, kw_only=True, omit_defaults=True):
     """One checkpoint, whole."""
 
@@ -120,8 +138,12 @@ class Manifest(Record, frozen=True, kw_only=True, omit_defaults=True):
     plan: str
     parts: tuple[PartRef, ...]
     fingerprint: dict[str, Any] = {}
-    trace: tuple[tuple[int, float | None], ...] = ()
+    trace: tuple[TraceRow, ...] = ()
+    trace_after: str = ""
+    """The attempt of the checkpoint that ``trace`` begins after; "" if there is none, or nobody knows."""
     health: tuple[dict[str, Any], ...] = ()
+    took: Took | None = None
+    probes: tuple[Probe, ...] = ()
 
 
 class Entry(Record, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="entry"):
@@ -155,6 +177,8 @@ class Checkpoint(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="chec
     state_bytes: int
     new_bytes: int
     pinned: bool = False
+    pointers: tuple[str, ...] = ()
+    """Names that are, or are about to be, pointed at it: ``name/number``. Retention knows whether they still are."""
 
     @property
     def manifest_key(self) -> str:
@@ -175,9 +199,11 @@ class Pin(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="pin"):
 
     checkpoint: int
     pinned: bool
+    pointer: str = ""
+    """If given, this mark is all that the entry says: retention keeps the checkpoint while the pointer needs it."""
 
 
-MOVE_STATES = ("begin", "request", "left", "sealed", "handover", "done", "cancelled")
+MOVE_STATES = ("begin", "request", "left", "sealed", "handover", "done", "watched", "cancelled")
 """In their order. ``sealed`` and ``handover`` open an epoch."""
 
 
@@ -193,6 +219,11 @@ class Move(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="move"):
     """Of a request: whether the job saves before it leaves."""
     facts: dict[str, Any] = {}
     text: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a job has trained where the run was moved to."""
+        return self.state in ("done", "watched")
 
 
 class Collect(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="gc"):
@@ -249,6 +280,11 @@ _PROBE = msgspec.json.Decoder(_Probe)
 _DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(kind) for kind in (Run, Part, Manifest, LogEntry)
 }
+
+
+def readable(kind: type[Record]) -> None:
+    """Have ``decode`` know one more kind of record; called where the kind is defined."""
+    _DECODERS[kind] = msgspec.json.Decoder(kind)
 
 
 def encode(record: Record) -> bytes:
