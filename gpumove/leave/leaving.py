@@ -179,7 +179,9 @@ class Leaving:
                 return Decision(newest=newest, error=broken)
             return Decision(Plan("finish", now.flight_s, broken[2]), newest=newest)
         replan = not whole or any(s.replan for s in ranks)
-        return Decision(plan(self._departure.left_s(), now), serial, replan, newest, self._requests.asked.thrift)
+        thrift = self._requests.asked.thrift
+        probing = self._saver.probes.parting() if whole and thrift else []  # where machines vanish, none is waited for
+        return Decision(plan(self._departure.left_s(), now), serial, replan, newest, thrift, probing=probing)
 
     # ---------------------------------------------------------------- one save
 
@@ -193,7 +195,8 @@ class Leaving:
             planner.agree(capture)
         layout = council.agree("the layout", lambda: planner.lay_out(capture, self._runner.mutable))
         seat = Seat(council.rank, council.world_size, self._departure.left_s())
-        return self._saver.begin(self._step, decision.serial, Cut(capture, layout, planner.agreement()), seat)
+        cut = Cut(capture, layout, planner.agreement())
+        return self._saver.begin(self._step, decision.serial, cut, seat, probing=decision.probing)
 
     def _drop(self) -> None:
         """Give up what is in flight.

@@ -32,6 +32,8 @@ class Decision(msgspec.Struct, frozen=True):
     thrift: int = 0
     """What a move asks of the writers."""
     error: Described | None = None
+    probing: list[str] = []
+    """The probes to run with the save."""
 
 
 class Result(msgspec.Struct, frozen=True):

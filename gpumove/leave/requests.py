@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Collection
 from statistics import median
+from typing import Any
 
 from gpumove.errors import FencedError, GpumoveError
 from gpumove.format.manifest import Move
 from gpumove.leave.departure import Departure
 from gpumove.notices.notice import MOVE, Notice, Outcome
+from gpumove.parity.watching import Watching
 from gpumove.steplog import Asked
 from gpumove.store.log import Log
 from gpumove.store.retry import in_thread
@@ -34,19 +36,30 @@ WISH_S = 900.0
 class Requests:
     """Rank 0's. The others hear of a request over the board, as of any notice."""
 
-    def __init__(self, book: Log, departure: Departure, *, patience_s: float, took: Collection[float] = ()) -> None:
+    def __init__(
+        self,
+        book: Log,
+        departure: Departure,
+        *,
+        patience_s: float,
+        took: Collection[float] = (),
+        sights: Collection[float] = (),
+    ) -> None:
         """Nothing is asked yet.
 
         Args:
             book: the job's log.
             departure: how all ranks leave.
             patience_s: what a request leaves for a save: nobody takes the machine.
-            took: seconds of the last saves; it grows.
+            took: seconds of the last saves, as they will take where the job leaves; it grows.
+            sights: what they took besides, while the job trains.
         """
-        self._book, self._departure, self._took = book, departure, took
+        self._book, self._departure, self._took, self._sights = book, departure, took, sights
         self.patience_s = patience_s
         self.saves = True
         """Whether the move wants one."""
+        self.watching: Watching | None = None
+        """The comparison after a move: what it finds is said where the move is."""
         self.asked = Asked()
         """What it wants of the saves before that."""
         self._ended = threading.Event()
@@ -62,9 +75,14 @@ class Requests:
 
     @property
     def save_s(self) -> float | None:
-        """What a save takes, as the last few did."""
+        """What a save takes as the job leaves, by the last few."""
         last = list(self._took)[-_RECENT:]
         return median(last) if last else None
+
+    @property
+    def sight_s(self) -> float:
+        """What it takes besides while the job trains."""
+        return median(list(self._sights)[-_RECENT:] or [0.0])
 
     @property
     def forgoes_save(self) -> bool:
@@ -94,6 +112,7 @@ class _Watch:
         self._heard, self._heard_at = 0, 0.0
         self._wish: Move | None = None
         self._hold_at: float | None = None
+        self._restored_at = 0.0
         self._first: tuple[int, float] | None = None
         self._failed = False
 
@@ -104,7 +123,7 @@ class _Watch:
                 _log.warning("%s: the run is not this job's any more, as its next save will say", self._log.store.url)
                 return
             self._rest()
-        if self._arrives():
+        if self._arrives() or self._has_news():
             self._look()
 
     def _rest(self) -> None:
@@ -124,6 +143,7 @@ class _Watch:
             self._say_news(self._log.view.move)
             if self._first is not None and self._due():
                 self._say_arrived(*self._first)
+            self._say_watched()
             self._failed = False
         except GpumoveError as error:
             if not self._failed and not self._ended.is_set():
@@ -175,7 +195,7 @@ class _Watch:
 
         save_s = self._wishes.save_s
         facts = {name: value for name, value in begun.facts.items() if name != "idle"}
-        facts["job"] = {} if save_s is None else {"save_s": round(save_s, 3)}
+        facts["job"] = {} if save_s is None else {"save_s": round(save_s, 3), "sight_s": round(self._wishes.sight_s, 3)}
         with contextlib.suppress(FencedError):
             self._log.move("begin", move=begun.move, other=begun.other, facts=facts, text="heard", check=check)
 
@@ -190,20 +210,44 @@ class _Watch:
         """Whether this job has done a step since."""
         view = self._log.view
         begun = next((c for c in view.checkpoints if c.number == view.resumed), view.find())
-        if self._first is None and self._due() and self._departure.step > (0 if begun is None else begun.step):
-            self._first = self._departure.step, time.time()
+        step, now, last = self._departure.step, time.time(), 0 if begun is None else begun.step
+        if self._first is None and self._due() and step >= last:
+            self._restored_at = self._restored_at or now
+            if step > last:
+                self._first = step, now
         return self._first is not None and self._due()
 
     def _say_arrived(self, step: int, at: float) -> None:
         move = self._log.view.move
         assert move is not None
-        facts: dict[str, float] = {"step": step, "at": at}
+        facts: dict[str, Any] = {"step": step, "at": at}
         if move.facts.get("forced"):
             facts["forced"] = True  # the source has still to be sealed
         if (stopped := move.facts.get("stopped_at")) is not None:
-            facts["blackout_s"] = at - float(stopped)
+            facts["blackout_s"] = self._restored_at - float(stopped)
+        if self._wishes.watching is not None:
+            facts |= self._wishes.watching.facts(self._log.view.epoch)
         self._log.move("done", move=move.move, other=move.other, facts=facts, check=self._still_ours)
         _log.info("the run has moved here from %s", move.other)
+
+    def _has_news(self) -> bool:
+        return self._wishes.watching is not None and self._wishes.watching.news() is not None
+
+    def _say_watched(self) -> None:
+        """How far this job has compared itself with where it comes from, and what it found."""
+        watching, move = self._wishes.watching, self._log.view.move
+        if watching is None or move is None or not move.is_over or (news := watching.news()) is None:
+            return
+        facts, text = news
+
+        def check(view: View) -> None:
+            self._still_ours(view)
+            if view.move != move:
+                raise FencedError(f"{self._log.store.url}: another move has begun")
+
+        facts = {**move.facts, "watch": facts}
+        self._log.move("watched", move=move.move, other=move.other, facts=facts, text=text, check=check)
+        watching.said()
 
     def _still_ours(self, view: View) -> None:
         if view.epoch != self._epoch:
@@ -243,7 +287,9 @@ def answer(book: Log, step: int, what: Outcome, *, stopped_at: float, seconds: f
             if standing(view, book.epoch) is None:
                 raise FencedError(f"{log.store.url}: the request to leave was withdrawn")
 
-        facts = {"step": step, "durable": what.durable, "newest": what.step, "stopped_at": stopped_at}
+        facts: dict[str, Any] = {"step": step, "durable": what.durable, "newest": what.step, "stopped_at": stopped_at}
+        if "back_to" in asked.facts:
+            facts["back_to"] = asked.facts["back_to"]  # the request is not the newest word from here on
         log.move("left", move=asked.move, other=asked.other, facts=facts, text=str(what), check=check)
         return True
 

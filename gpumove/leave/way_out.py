@@ -36,7 +36,8 @@ class WayOut:
 
     def __init__(self, config: Config, peers: Peers, saver: Saver, log: Log) -> None:
         self.departure = Departure(grace_s=config.grace_s, peer_s=config.peer_s)
-        self.requests = Requests(log, self.departure, patience_s=config.peer_s, took=saver.runner.took)
+        took, sights = saver.runner.took, saver.runner.sights
+        self.requests = Requests(log, self.departure, patience_s=config.peer_s, took=took, sights=sights)
         self._leaving = Leaving(self.departure, saver, log, config, requests=self.requests)
         self._peers, self._saver, self._book = peers, saver, log
         first_here = peers.rank % config.ranks_here() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ _TRIES = 3
 _CATCH_UP = 30
 """Rounds that may take the target from one commit behind to none: they cost time only, and save a whole delta."""
 _RECENT = 5
+_HEARS_S = 1.0
+"""From a request to when the job has read it: half the time between its looks at its log, on average."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ def decide(now: Standing, max_blackout_s: float | None) -> Next:
         if limit is None:
             return Next("cut", now.forecast.why)
         return Next("stop", now.forecast.why)
-    if now.left_bytes is not None and now.forecast.converges and now.steady < _CATCH_UP:
+    # What is lacking and goes over before the job has left costs nothing: another round would only send more.
+    helps = limit is not None or "behind" in now.forecast.parts
+    if helps and now.left_bytes is not None and now.forecast.converges and now.steady < _CATCH_UP:
         return Next("round", f"catching up; {now.forecast.why}")
     if limit is None:
         return Next("cut", f"the copy is as current as it gets; {now.forecast.why}")
@@ -96,8 +101,85 @@ def step_s(commits: Sequence[Checkpoint]) -> float | None:
     return (last[-1].time - last[0].time) / steps if steps > 0 else None
 
 
+@dataclass(frozen=True)
+class Rhythm:
+    """How the job goes on while it is asked to leave. Times are in seconds since the epoch."""
+
+    now: float
+    step_s: float
+    """Of training."""
+    stepped: float
+    """When the step of the newest commit was done."""
+    lead_s: float
+    """From the last step until bytes of its save can be sent."""
+    commit_s: float
+    """From a step before it to its commit, which may wait to see the training thread."""
+    every_s: float | None
+    """Between two steps that are saved; None if none is before the last one."""
+    entry_s: float
+    """What the request takes."""
+
+    @property
+    def stop(self) -> float:
+        """When the job's last step is done: it is the one under way as the job reads the request."""
+        heard = max(self.now, self.stepped) + self.entry_s + _HEARS_S
+        return self.stepped + (math.floor((heard - self.stepped) / self.step_s) + 1) * self.step_s
+
+    def commits(self) -> list[float]:
+        """When those come that are still to come before the last one."""
+        if self.every_s is None:
+            return []
+        apart = max(self.every_s, self.step_s)
+        most = math.ceil((self.stop - self.stepped) / apart - 1e-6) - 1
+        # One that should have come long ago does not come: it was skipped, or not wanted.
+        least = math.ceil((self.now - self.stepped - 2 * self.commit_s) / apart)
+        return [self.stepped + number * apart + self.commit_s for number in range(max(1, least), most + 1)]
+
+
+def lead_s(save_s: float, packs: int) -> float:
+    """From the last step until its save's first pack is there: packs come one after the other."""
+    return save_s / max(1, packs)
+
+
+def leave_s(save_s: float, send_s: float, packs: int) -> float:
+    """What leaving adds to the time that the last bytes take: they are sent while the save is still being written.
+
+    Args:
+        save_s: from the last step to its commit.
+        send_s: what its bytes take on the link.
+        packs: in how many pieces they come.
+    """
+    arrives = max(lead_s(save_s, packs) + send_s, save_s + send_s / max(1, packs))
+    return arrives - send_s
+
+
+def behind_s(rhythm: Rhythm, left_bytes: float, *, rate_bytes_s: float, delta_bytes: float, rest_s: float) -> float:
+    """What the link has still to do of older commits once the last one is there: the blackout is longer by that.
+
+    The link goes on while the job does its last step and saves it, so what is lacking now goes over then, or most of
+    it. But steps that end before the last one may be saved too, and are to be sent as well.
+
+    Args:
+        rhythm: of the job.
+        left_bytes: what the newest commit needs and the target lacks.
+        rate_bytes_s: of the link.
+        delta_bytes: what a commit brings.
+        rest_s: what a round takes besides its bytes.
+    """
+    free = rhythm.now + rhythm.entry_s + (left_bytes / rate_bytes_s + rest_s if left_bytes else 0.0)
+    for committed in rhythm.commits():
+        free = max(free, committed) + delta_bytes / rate_bytes_s + rest_s
+    return max(0.0, free - rhythm.stop - rhythm.lead_s)
+
+
 def ship_or_replay(
-    commits: Sequence[Checkpoint], *, now: float, rate_bytes_s: float | None, delta_bytes: float, save_s: float
+    commits: Sequence[Checkpoint],
+    *,
+    now: float,
+    rate_bytes_s: float | None,
+    delta_bytes: float,
+    save_s: float,
+    packs: int = 1,
 ) -> Choice:
     """Send what the job has trained since the target's newest checkpoint, or train it once more there.
 
@@ -107,13 +189,15 @@ def ship_or_replay(
         rate_bytes_s: of the link.
         delta_bytes: what the last save would bring.
         save_s: what a save takes, from its step to its commit.
+        packs: in how many pieces its bytes come.
     """
     each = step_s(commits)
     if each is None or not rate_bytes_s:
         return Choice(True, "the last steps are sent, since nothing was measured that says otherwise")
     # The newest commit came some time after its step; what was trained meanwhile is lost too, and one step until then.
     steps = (now - commits[-1].time + save_s) / each + 1
-    send_s, replay_s = save_s + delta_bytes / rate_bytes_s, steps * each
+    link_s = delta_bytes / rate_bytes_s
+    send_s, replay_s = leave_s(save_s, link_s, packs) + link_s, steps * each
     facts = f"to send them takes {send_s:.1f} s, to train some {steps:.0f} steps once more {replay_s:.1f} s"
     if replay_s < send_s:
         return Choice(False, f"the last steps are not sent: {facts}", send_s, replay_s)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 from gpumove.errors import ConfigError, IntegrityError, StoreError
 from gpumove.format.manifest import Checkpoint, Move
+from gpumove.move.aftercare import Aftercare
+from gpumove.move.baggage import Baggage
 from gpumove.move.checks import check_ends
 from gpumove.move.copier import Progress
 from gpumove.move.cutover import Choice, Next
@@ -22,10 +24,9 @@ from gpumove.move.phase import Ends, Phase, phase
 from gpumove.move.precopy import Precopy, describe
 from gpumove.move.report import Event, Report, Wishes
 from gpumove.move.rounds import Rounds
-from gpumove.store.gc import Retention
 
-_POLL_S, _SOON_S = 1.0, 0.2
-"""Between two looks at a log, and where nobody trains meanwhile."""
+_POLL_S, _SOON_S, _ASKED_S = 1.0, 0.2, 0.05
+"""Between two looks at a log; where nobody trains meanwhile; and until the job has left, which ends with one."""
 
 
 class Mover:
@@ -54,7 +55,7 @@ class Mover:
         self.source, self.target = rounds.replica.source, rounds.replica.target
         self._allowed, self._progress = allowed, progress
         self._entries = Entries(ends, self.source, self.target, tell)
-        self._precopy = Precopy(rounds, wishes)
+        self._precopy, self._baggage = Precopy(rounds, wishes), Baggage(self.source, self.target, wishes)
         self._patience: tuple[int, float] = (0, 0.0)
 
     # ---------------------------------------------------------------- the loop
@@ -81,8 +82,7 @@ class Mover:
         with Herald(self.source, self._precopy.outpaced) as herald:
             while (now := self.look()) is not Phase.DONE and not (returned and now is Phase.FRESH):
                 herald.copying = now is Phase.COPYING
-                # What may be dropped at the target is not dropped while nobody trains.
-                self.rounds.keep = None if herald.copying else Retention()
+                self.rounds.as_source = herald.copying  # nothing is dropped at the target while nobody trains
                 if now is Phase.HANDED and not self._wait_for_arrival():
                     return self.report(now, "handed over; nobody has trained at the target yet")
                 returned = now is Phase.RETURNING
@@ -114,7 +114,7 @@ class Mover:
         replica, view = self.rounds.replica, self.source.view
         replica.claim(view.epoch)
         idle = view.move is not None and view.move.state == "handover" and view.move.epoch == view.epoch
-        facts = {"idle": True} if idle else {}
+        facts = {**({"idle": True} if idle else {}), **self._baggage.begun()}
         self._entries.enter("begin", facts=facts, text="copying beside the training")
 
     def _copy(self) -> None:
@@ -123,6 +123,9 @@ class Mover:
         assert move is not None
         if move.facts.get("idle") and move.epoch == view.epoch:
             self._seal()  # nobody has claimed it: there is nobody to ask
+            return
+        if (back := self._baggage.back_to) is not None:
+            self._request(Choice(False, "nothing is copied"), f"back to step {back}, which is there")
             return
         self._precopy.hear(move.facts, entry_s=self._entries.entry_s)
         following = self._precopy.next_step()
@@ -157,6 +160,7 @@ class Mover:
     def _hasten(self, every_step: bool, why: str) -> None:
         """Ask the job to save after every step, or as usual."""
         assert self.source.view.move is not None
+        self._baggage.look()
         facts = {**self.source.view.move.facts, "every_step": every_step, "slow_s": self.wishes.slow_s, "hold": False}
         text = f"{'a save after every step' if every_step else 'saves as usual'}, from now on: {why}"
         self._entries.enter("begin", facts=facts, text=text)
@@ -166,8 +170,9 @@ class Mover:
     def _request(self, choice: Choice, why: str) -> None:
         begun = self.source.view.move
         assert begun is not None
+        self._baggage.look()
         facts = {
-            **{name: begun.facts.get(name) for name in ("every_step", "slow_s")},
+            **{name: begun.facts.get(name) for name in ("every_step", "slow_s", "back_to")},
             **self._precopy.facts(),
             "rounds": [{"step": r.step, "bytes": r.nbytes, "seconds": round(r.seconds, 3)} for r in self.rounds.done],
         }
@@ -181,8 +186,8 @@ class Mover:
         if self._patience[0] != asked.number:
             self._patience = asked.number, time.monotonic() + self.wishes.leave_timeout_s
         if time.monotonic() < self._patience[1]:
-            if not self._bring():
-                time.sleep(_SOON_S)
+            if self._baggage.back_to is not None or not (self._bring() or self.rounds.replica.bring_early()):
+                time.sleep(_ASKED_S)
             return
         late = f"the job did not leave within {self.wishes.leave_timeout_s:g} s"
         if self.wishes.force:
@@ -202,6 +207,8 @@ class Mover:
         """The source's newest checkpoint, once the target would resume from it, and its newest word of a move."""
         while True:
             newest, there, move = self.source.view.find(), self.target.view.find(), self.source.view.move
+            if move is not None and (back := self._baggage.back_to) is not None:
+                return self._baggage.gone_back(back), move
             if newest is not None and there is not None and there.attempt == newest.attempt and move is not None:
                 return newest, move
             if not self._bring():
@@ -214,20 +221,24 @@ class Mover:
         facts = {
             "step": newest.step,
             "last_bytes": sum(r.nbytes for r in self.rounds.done) - before,
+            "sent_bytes": sum(r.nbytes for r in self.rounds.done),
             "last_s": round(time.monotonic() - began, 3),
             "stopped_at": left.facts.get("stopped_at"),
             "forecast_s": self._precopy.facts().get("forecast_s", left.facts.get("forecast_s")),
+            **self._baggage.facts(newest),
         }
         self._entries.enter("sealed", facts=facts, text=f"nothing is written here after step {newest.step}")
 
     def _hand_over(self) -> None:
         """The right to write appears at the target, which has all that the source has ever committed."""
         newest, move = self._complete()
+        self._baggage.pin(move)
         text = f"to be resumed here from step {newest.step}: gpumove run {self.ends.target}"
         self._entries.enter("handover", at=self.target, facts=dict(move.facts), text=text)
 
     def _return(self) -> None:
         """The move was withdrawn after the seal: the right to write appears at the source again."""
+        self.unpin()
         self._entries.enter("handover", text="the move was withdrawn: to be resumed here")
 
     def _seal_late(self) -> None:
@@ -253,9 +264,19 @@ class Mover:
 
     def _finish(self) -> None:
         here, there = self.source.view.move, self.target.view.move
-        facts = {"forecast_s": None if here is None else here.facts.get("forecast_s")}
-        facts |= {} if there is None or there.state != "done" else there.facts
+        said = {} if here is None else {name: here.facts.get(name) for name in ("forecast_s", "on_parity", "pins")}
+        handed = None if here is None else here.facts.get("step")
+        facts = said | {"handed": handed} | ({} if there is None or not there.is_over else there.facts)
         self._entries.enter("done", facts=facts, text=f"the job trains at {self.ends.target}")
+
+    def watch(self, report: Report, back: Callable[[Wishes], Report]) -> Report:
+        """If that is wanted, stay until the job at the target has compared itself; ``back`` takes the run back."""
+        return Aftercare(self.source, self.target, self._entries, self._baggage, self.wishes).run(report, back)
+
+    def unpin(self) -> None:
+        """Nothing at the source is kept for this move any more."""
+        if self.source.view.move is not None:
+            self._baggage.unpin(self.source.view.move)
 
     # ---------------------------------------------------------------- giving up
 

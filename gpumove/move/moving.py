@@ -14,6 +14,7 @@ from typing import Any
 from gpumove.config import Config
 from gpumove.errors import ConfigError, StoreError
 from gpumove.format import keys
+from gpumove.move.baggage import read_baseline
 from gpumove.move.copier import Copier, Progress
 from gpumove.move.entries import Entries
 from gpumove.move.machine import Mover
@@ -68,6 +69,10 @@ def move(
         StoreError: a store failed, or a job does not answer. ``resume`` goes on, ``rollback`` takes back.
         FencedError: somebody else has carried the move on.
     """
+    if wishes.discard and not rollback:
+        raise ConfigError("to discard what was trained since is for a way back: --rollback")
+    if wishes.watch and rollback:
+        raise ConfigError("a way back is not watched: leave out --watch, or --rollback")
     both = two_ends(src, dst, in_flight=in_flight, config=config, from_options=from_options, to_options=to_options)
     with both as (source, target, config):
         if wishes.force and not rollback and not _answers(src, config, from_options):
@@ -75,10 +80,15 @@ def move(
         if wishes.force and rollback and not _answers(dst, config, to_options):
             return _without_target(source, target, tell)
 
-        def mover(here: Store, there: Store, allowed: Callable[[], object]) -> Mover:
+        def mover(here: Store, there: Store, allowed: Callable[[], object], wishes: Wishes = wishes) -> Mover:
             copier = Copier(here, there, in_flight=in_flight, budget_bytes=config.budget_bytes, limit_bytes_s=limit)
             rounds, ends = Rounds(Replica(Log(here), Log(there), copier, region=to_region)), Ends(here.url, there.url)
             return Mover(ends, rounds, wishes, allowed=allowed, tell=tell, progress=progress)
+
+        def take_back(wishes: Wishes) -> Report:
+            again = mover(target, source, lambda: None, wishes)
+            _open(again.source)
+            return again.run()
 
         forth = mover(source, target, lambda: check_region(target, config.allowed_regions, to_region))
         back = mover(target, source, lambda: None)  # it was there before
@@ -96,7 +106,7 @@ def move(
             _open(back.source)  # all is done but the last word
             return back.run()
         _check_forth(forth, resume=resume)
-        return forth.run()
+        return forth.watch(forth.run(), take_back)
 
 
 def _check_forth(forth: Mover, *, resume: bool) -> None:
@@ -130,6 +140,7 @@ def _roll_back(forth: Mover, back: Mover, *, returns: bool) -> Report:
             return forth.report(now, _withdrawn(forth.ends))
         if now is Phase.FORCED:
             raise ConfigError(f"{forth.ends.source} is not sealed yet: seal it with --resume", code="config.moving")
+        forth.unpin()
     _open(back.source)
     return back.run()
 
@@ -169,7 +180,8 @@ def _without_source(source: Store, target: Store, tell: Callable[[Event], None])
     )
     entries = Entries(ends, Log(source), log, tell)
     entries.id = log.view.move.move if log.view.move is not None else uuid.uuid4().hex[:16]
-    entries.enter("handover", at=log, facts={"step": newest.step, "forced": True}, text=risk)
+    facts = {"step": newest.step, "forced": True, "moved": True, "baseline": read_baseline(log) or None}
+    entries.enter("handover", at=log, facts=facts, text=risk)
     return _told(entries, newest.step, f"handed over without a seal, from step {newest.step}: {risk}")
 
 

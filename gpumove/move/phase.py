@@ -90,7 +90,7 @@ def _sealed(source: View, target: View, ends: Ends) -> Phase:
             "options. If the target is lost, take the run back with --rollback --force",
             code="config.no_run",
         )
-    told, handed = source.move is not None and source.move.state == "done", target.move
+    told, handed = source.move is not None and source.move.is_over, target.move
     arrived = handed is None or handed.state != "handover" or any(c.epoch > handed.epoch for c in target.checkpoints)
     return Phase.HANDED if not arrived else Phase.DONE if told else Phase.ARRIVED
 
@@ -106,7 +106,7 @@ def was_forced(target: View, ends: Ends) -> bool:
     move = target.move
     if move is None or target.follows or target.sealed or move.other != ends.source:
         return False
-    return move.state in ("handover", "done") and bool(move.facts.get("forced"))
+    return (move.state == "handover" or move.is_over) and bool(move.facts.get("forced"))
 
 
 def was_handed(move: Move | None, target: View) -> bool:
@@ -114,7 +114,7 @@ def was_handed(move: Move | None, target: View) -> bool:
     there = target.move
     if move is None or move.state not in UNDER_WAY or there is None or target.follows or target.sealed:
         return False
-    return there.move == move.move and there.state in ("handover", "done")
+    return there.move == move.move and (there.state == "handover" or there.is_over)
 
 
 def goes_back(source: View, target: View, ends: Ends) -> bool:

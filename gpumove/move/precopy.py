@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gpumove.errors import ConfigError, StoreError
 from gpumove.format.manifest import Checkpoint
-from gpumove.move.cutover import Choice, Next, Standing, decide, is_steady, ship_or_replay
+from gpumove.move.cutover import (
+    Choice,
+    Next,
+    Rhythm,
+    Standing,
+    behind_s,
+    decide,
+    is_steady,
+    lead_s,
+    leave_s,
+    ship_or_replay,
+    step_s,
+)
 from gpumove.move.report import Wishes
 from gpumove.move.rounds import Forecast, Measured, Round, Rounds, measure
 
@@ -16,6 +30,8 @@ _COMMIT_S = 600.0
 """A commit is waited for at least so long."""
 _WARM_S = 600.0
 """How long a job that waits at the target is given to read ahead what is there."""
+_LOOKS, _RECENT = 4, 5
+"""Looks at both logs from the last commit until the seal, and how many of them are measured."""
 _SINGLE_STEPS = 4
 """Commits of single steps after which it is known whether the link keeps up with them."""
 
@@ -34,7 +50,9 @@ class Precopy:
         self._steady = self._tries = 0
         self._current = False
         self._save_s: float | None = None
-        self._handover_s: float | None = None
+        self._sight_s = 0.0
+        self._entry_s: float | None = None
+        self._looks: deque[float] = deque(maxlen=_RECENT)
         self._waiting_since: tuple[int, float] = (0, 0.0)
         self._standing: Standing | None = None
 
@@ -46,14 +64,17 @@ class Precopy:
             entry_s: what an entry takes.
         """
         self._heard, self._held = "job" in facts, bool(facts.get("hold"))
-        self._save_s = facts.get("job", {}).get("save_s", self._save_s)
-        self._handover_s = None if entry_s is None else 3 * entry_s  # the seal, the handover, and the job's claim
+        told = facts.get("job", {})
+        self._save_s, self._sight_s = told.get("save_s", self._save_s), told.get("sight_s", self._sight_s)
+        self._entry_s = entry_s
         if facts.get("every_step") and self._steps_since < 0:
             self._wants_steps, self._steps_since = False, len(self._commits())
 
     def next_step(self) -> Next:
         """What to do now. ``steps`` and ``usual``: ask the job to save after every step, or no longer."""
+        began = time.monotonic()
         newest, view = self._rounds.replica.look(), self._rounds.replica.source.view
+        self._looks.append(time.monotonic() - began)
         left = None if newest is None else self._rounds.left_bytes()
         done, delta_bytes = len(self._rounds.done), self._measured().delta_bytes or 0.0
         self._current |= left is None
@@ -73,7 +94,7 @@ class Precopy:
             return following
         if len(self._commits()) - self._steps_since < _SINGLE_STEPS and not view.sealed:
             return more
-        if not self._standing.forecast.converges:
+        if not self._standing.forecast.converges and following.step != "cut":
             return Next("usual", self._standing.forecast.why)
         return following
 
@@ -130,24 +151,55 @@ class Precopy:
     def _measured(self) -> Measured:
         replica = self._rounds.replica
         rate_bytes_s = replica.copier.rate.bytes_s
-        return measure(self._rounds.done, self._commits(), record_bytes=replica.record_bytes, rate_bytes_s=rate_bytes_s)
+        return measure(self._rounds.done, self._commits(), record_bytes=replica.needs.nbytes, rate_bytes_s=rate_bytes_s)
 
     def _forecast(self, left_bytes: int) -> Forecast:
         target = self._rounds.replica.target.view
         self._at_target = target.move.facts.get("job") if target.follows and target.move is not None else None
         restore_s = (self._at_target or {}).get("restore_s")
-        parts = {"leave": self._save_s, "handover": self._handover_s, "restore": restore_s}
+        # The seal, the handover, and the job's claim.
+        handover_s = None if self._entry_s is None else 3 * self._entry_s
+        parts = {"leave": self._leave_s(), "handover": handover_s, "restore": restore_s}
         known = {name: seconds for name, seconds in parts.items() if seconds is not None}
-        if left_bytes and (rate := self._measured().rate_bytes_s):
-            known["behind"] = left_bytes / rate
+        known["looks"] = _LOOKS * statistics.median(self._looks)
+        if (late_s := self._behind_s(left_bytes)) > 0:
+            known["behind"] = late_s
         return self._rounds.forecast(**known)
+
+    def _leave_s(self) -> float | None:
+        found = self._measured()
+        if self._save_s is None or not found.rate_bytes_s:
+            return self._save_s
+        return leave_s(self._save_s, (found.delta_bytes or 0.0) / found.rate_bytes_s, self._packs)
+
+    @property
+    def _packs(self) -> int:
+        """In how many pieces a save comes, as the newest commit has it."""
+        return self._rounds.replica.needs.new_packs
+
+    def _behind_s(self, left_bytes: int) -> float:
+        """What older commits add to the blackout, were the job asked to leave now."""
+        found, commits = self._measured(), self._commits()
+        if not (rate := found.rate_bytes_s):
+            return 0.0
+        if (each := step_s(commits)) is None:  # the job may leave at once
+            return left_bytes / rate
+        save_s, every_s = self._save_s or 0.0, None if self._held else found.every_s
+        commit_s = save_s + self._sight_s
+        stepped = commits[-1].time - commit_s
+        rhythm = Rhythm(
+            time.time(), each, stepped, lead_s(save_s, self._packs), commit_s, every_s, self._entry_s or 0.0
+        )
+        return behind_s(
+            rhythm, left_bytes, rate_bytes_s=rate, delta_bytes=found.delta_bytes or 0.0, rest_s=found.rest_s
+        )
 
     def choose(self, now: float) -> Choice:
         """Whether the job is to save before it leaves."""
         found = self._measured()
         return ship_or_replay(
             self._commits(), now=now, rate_bytes_s=found.rate_bytes_s, delta_bytes=found.delta_bytes or 0.0,
-            save_s=self._save_s or 0.0,
+            save_s=self._save_s or 0.0, packs=self._packs,
         )  # fmt: skip
 
     def expectation(self) -> str:

@@ -7,40 +7,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import msgspec
 
 from gpumove.errors import ConfigError, IntegrityError, ObjectNotFoundError, StoreError
-from gpumove.format.manifest import Checkpoint, LogEntry, Manifest, Part, decode
+from gpumove.format import keys
+from gpumove.format.manifest import Checkpoint, LogEntry
 from gpumove.move.admission import check_target
 from gpumove.move.copier import Copier, Object, Progress, Sent
+from gpumove.move.needs import Needs
 from gpumove.move.regions import check_region
 from gpumove.store.gc import Plan, Retention, collect
 from gpumove.store.log import Log
-from gpumove.store.records import reachable, read_verified
+from gpumove.store.records import reachable
 from gpumove.store.view import View
 
 _log = logging.getLogger("gpumove")
 _ROOMS = ("packs/", "parts/", "manifests/")
 """In the order of writing."""
-
-
-@dataclass(frozen=True)
-class AsSource(Retention):
-    """Keep what the source has, and what every retention keeps."""
-
-    attempts: frozenset[str] = frozenset()
-
-    def kept(self, view: View) -> tuple[Checkpoint, ...]:
-        """The checkpoints that stay, oldest first."""
-        newest = {c.number for c in (*view.checkpoints[-1:], *view.candidates()[:1])}
-        return tuple(
-            c
-            for c in view.checkpoints
-            if c.attempt in self.attempts or c.number in newest or c.pinned or c.number == view.resumed
-        )
+_AHEAD = 2
+"""Attempts after the newest commit that may be running: the last save, and the one before it."""
 
 
 class Replica:
@@ -67,8 +53,9 @@ class Replica:
         """What lies at the target, by key, with its size."""
         self._unsure = True
         """Whether some of that was only seen in a listing, and nothing was committed since."""
-        self._records: dict[str, bytes] = {}
-        """Parts and manifests of the checkpoint that was looked at last."""
+        self.needs = Needs(source.store)
+        self._early = Sent()
+        """What was sent of saves that were not committed yet."""
         self._reach: dict[str, frozenset[str]] = {}
 
     # ---------------------------------------------------------------- what is to be done
@@ -125,11 +112,6 @@ class Replica:
         """Raise ConfigError if the target's log, as it is now, must not be written to."""
         check_target(view, self.source.view, here=self.target.store.url, there=self.source.store.url)
 
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of the parts and the manifest of the checkpoint that was looked at last."""
-        return sum(map(len, self._records.values()))
-
     # ---------------------------------------------------------------- bringing one
 
     def missing(self, checkpoint: Checkpoint) -> list[Object]:
@@ -138,10 +120,9 @@ class Replica:
         Raises:
             IntegrityError: its records at the source are missing or damaged.
         """
-        needed = self._needs(checkpoint)
-        if self._have is None:
-            self._have = self._listing()
-        have = self._have
+        needed = self.needs.of(checkpoint)
+        self._reach[checkpoint.attempt] = frozenset(o.key for o in needed)
+        have = self._known()
         if self.deep:
             unread = [o for o in needed if have.get(o.key) == o.nbytes and o.key not in self._sound]
             for item in self.copier.damaged(unread):
@@ -169,7 +150,41 @@ class Replica:
             raise
         self._commit(checkpoint)
         self._unsure = False
-        return sent
+        early, self._early = self._early, Sent()
+        return early + sent
+
+    def bring_early(self) -> bool:
+        """Copy what saves have written that are not committed yet, since it is needed as soon as they are.
+
+        Where they never are, it is garbage here as it is there. What fails here is left to :meth:`bring`.
+
+        Returns:
+            Whether there was anything.
+        """
+        epoch = self.source.view.epoch
+        if self.target.epoch is None or self.target.epoch < epoch:
+            return False
+        have = self._known()
+        written = [info for attempt in self._running() for info in self.source.store.list(f"packs/{attempt}")]
+        packs = [
+            Object(info.key, info.nbytes, name)
+            for info in written
+            if (name := keys.pack_digest(info.key)) is not None and have.get(info.key) != info.nbytes
+        ]
+        try:
+            sent = self.copier.copy(packs, done=self._has)
+        except (IntegrityError, ObjectNotFoundError) as error:
+            _log.debug("what is not committed yet is not copied: %s", error)
+            return False
+        self._early += sent
+        return bool(packs)
+
+    def _running(self) -> list[str]:
+        """The names that the next attempts of the source's owner have."""
+        view = self.source.view
+        newest = max((c.attempt for c in view.checkpoints), default="")
+        last = int(newest[9:]) if newest.startswith(keys.attempt_name(view.epoch, 0)[:9]) else 0
+        return [keys.attempt_name(view.epoch, last + ahead) for ahead in range(1, _AHEAD + 1)]
 
     def mend(self, checkpoint: Checkpoint, *, progress: Progress | None = None) -> Sent:
         """Send again what is missing or, with ``deep``, damaged of a checkpoint that the target has already.
@@ -212,10 +227,10 @@ class Replica:
         sent = Sent()
         while lacking := self.missing(checkpoint):
             packs = [o for o in lacking if o.key.startswith("packs/")]
-            sent += self.copier.copy(packs, progress=progress, done=lambda o, _: self._has(o))
+            sent += self.copier.copy(packs, progress=progress, done=self._has)
             for room in _ROOMS[1:]:
                 records = [o for o in lacking if o.key.startswith(room)]
-                sent += self.copier.put({o.key: self._records[o.key] for o in records})
+                sent += self.copier.put({o.key: self.needs.records[o.key] for o in records})
                 for item in records:
                     self._has(item)
             if not self._unsure:
@@ -224,7 +239,7 @@ class Replica:
             self._have, self._unsure = None, False
         return sent
 
-    def _has(self, item: Object) -> None:
+    def _has(self, item: Object, _digest: str = "") -> None:
         if self._have is not None:
             self._have[item.key] = item.nbytes
 
@@ -239,38 +254,12 @@ class Replica:
 
         self.target.append(make)
 
-    def _needs(self, checkpoint: Checkpoint) -> list[Object]:
-        """Everything that a checkpoint needs, as the source's records say; they are kept until the next one."""
-        store, before = self.source.store, self._records
-
-        def read(key: str, name: str) -> bytes:
-            return before[key] if key in before else read_verified(store, key, name)
-
-        data = read(checkpoint.manifest_key, checkpoint.manifest)
-        manifest = decode(Manifest, data, key=checkpoint.manifest_key)
-        with ThreadPoolExecutor(16, thread_name_prefix="gpumove-parts") as pool:
-            parts = list(pool.map(lambda ref: read(ref.key, ref.digest), manifest.parts))
-        packs: dict[str, Object] = {}
-        for ref, text in zip(manifest.parts, parts):
-            for pack in decode(Part, text, key=ref.key).packs:
-                packs[pack.key] = Object(pack.key, pack.nbytes, pack.digest)
-        self._records = dict(zip((ref.key for ref in manifest.parts), parts)) | {checkpoint.manifest_key: data}
-        needed = [
-            *sorted(packs.values()),
-            *(Object(ref.key, ref.nbytes, ref.digest) for ref in manifest.parts),
-            Object(checkpoint.manifest_key, checkpoint.manifest_bytes, checkpoint.manifest),
-        ]
-        self._reach[checkpoint.attempt] = frozenset(o.key for o in needed)
-        return needed
-
-    def _listing(self) -> dict[str, int]:
-        return {o.key: o.nbytes for room in _ROOMS for o in self.target.store.list(room)}
+    def _known(self) -> dict[str, int]:
+        if self._have is None:
+            self._have = {o.key: o.nbytes for room in _ROOMS for o in self.target.store.list(room)}
+        return self._have
 
     # ---------------------------------------------------------------- what it keeps
-
-    def as_source(self) -> Retention:
-        """The retention that keeps what the source has now."""
-        return AsSource(attempts=frozenset(c.attempt for c in self.source.view.checkpoints))
 
     def retain(self, retention: Retention) -> Plan | None:
         """Drop from the target what is not kept.

@@ -153,6 +153,7 @@ def _run(rounds: Rounds, step: int | str | None, *, follow: bool, each: Told, pr
         rounds.follow(each, progress=progress)
     elif failure is not None and not rounds.done and not replica.target.view.checkpoints:
         raise failure
+    rounds.courier.bring()
     sent = sum((Sent(r.nbytes, r.seconds, r.objects) for r in rounds.done), sent)
     newest = replica.target.view.find()
     return Replication(

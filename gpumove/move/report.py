@@ -26,6 +26,15 @@ class Wishes:
     """Ask the job to save after every step before the cutover."""
     slow_s: float = 0.0
     """And to take so much longer over each."""
+    watch: str = ""
+    """Whether to stay until the job at the target has compared itself with what it was, and what to do if it is not
+    the same: ``warn``, or ``rollback``."""
+    step_ratio: float | None = None
+    """What a step takes there, over what it takes here."""
+    gone_after_s: float | None = None
+    """Of a watch: how long the job there may be silent; by default what its steps' time suggests."""
+    discard: bool = False
+    """Of a way back: without what was trained since the run was handed over."""
 
 
 @dataclass(frozen=True)
@@ -53,3 +62,5 @@ class Report:
     forecast_s: float | None
     blackout_s: float | None
     events: tuple[Event, ...]
+    findings: tuple[str, ...] = ()
+    """What the watch has found that was not so before the move."""

@@ -14,8 +14,11 @@ from itertools import pairwise
 from gpumove.errors import IntegrityError
 from gpumove.format.manifest import Checkpoint
 from gpumove.move.copier import Progress
+from gpumove.move.pointers import Courier
 from gpumove.move.replica import Replica
 from gpumove.store.gc import Retention
+from gpumove.store.log import Log
+from gpumove.store.view import View
 
 _log = logging.getLogger("gpumove")
 _RECENT = 5
@@ -121,6 +124,27 @@ def measure(
     )
 
 
+@dataclass(frozen=True)
+class AsSource(Retention):
+    """Keep what the source has, and what every retention keeps."""
+
+    attempts: frozenset[str] = frozenset()
+
+    def kept(self, view: View) -> tuple[Checkpoint, ...]:
+        """The checkpoints that stay, oldest first."""
+        newest = {c.number for c in (*view.checkpoints[-1:], *view.candidates()[:1])}
+        return tuple(
+            c
+            for c in view.checkpoints
+            if c.attempt in self.attempts or c.number in newest or c.pinned or c.pointers or c.number == view.resumed
+        )
+
+
+def as_source(source: Log) -> Retention:
+    """The retention that keeps what the source has now."""
+    return AsSource(attempts=frozenset(c.attempt for c in source.view.checkpoints))
+
+
 @dataclass
 class Rounds:
     """Follows a source: whenever it has committed, the newest checkpoint is brought.
@@ -141,6 +165,11 @@ class Rounds:
     done: list[Round] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
     """Attempts that could not be brought because they are damaged at the source, and how."""
+    courier: Courier = field(init=False)
+    """Brings pointers along."""
+
+    def __post_init__(self) -> None:
+        self.courier = Courier(self.replica.source, self.replica.target)
 
     def once(self, checkpoint: Checkpoint | None = None, *, progress: Progress | None = None) -> Round | None:
         """Bring one checkpoint: this one, or the newest that the target should resume from and lacks.
@@ -153,6 +182,7 @@ class Rounds:
         """
         began = time.monotonic()
         checkpoint = checkpoint or self.replica.look()
+        self.courier.look()
         if checkpoint is None or checkpoint.attempt in self.damaged:
             return None
         try:
@@ -168,7 +198,7 @@ class Rounds:
         self.replica.source.follow()
         newer = sum(c.attempt > checkpoint.attempt for c in self.replica.source.view.checkpoints)
         self.done.append(Round(checkpoint.step, sent.nbytes, sent.objects, seconds, sent.seconds, newer))
-        if (keep := self.replica.as_source() if self.as_source else self.keep) is not None:
+        if (keep := as_source(self.replica.source) if self.as_source else self.keep) is not None:
             self.replica.retain(keep)
         return self.done[-1]
 
@@ -211,6 +241,6 @@ class Rounds:
         view = self.replica.source.view
         line = [c for c in view.checkpoints if c.number not in view.abandoned]
         found = measure(
-            self.done, line, record_bytes=self.replica.record_bytes, rate_bytes_s=self.replica.copier.rate.bytes_s
+            self.done, line, record_bytes=self.replica.needs.nbytes, rate_bytes_s=self.replica.copier.rate.bytes_s
         )
         return forecast(found, **parts)

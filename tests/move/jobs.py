@@ -29,7 +29,7 @@ class Job(Running):
 
     def __init__(
         self, folder: Path, url: str, env: Mapping[str, str], *, wait: bool = False, ranks: int = 2,
-        steps: int = STEPS, every: int = 10, pace_s: float = 0.0,
+        steps: int = STEPS, every: int = 10, pace_s: float = 0.0, broken: str = "", settings: Mapping[str, str] = {},
     ) -> None:  # fmt: skip
         folder.mkdir(exist_ok=True)
         life = len(list(folder.glob("losses-*")))
@@ -39,7 +39,8 @@ class Job(Running):
         waiting = ["--wait"] if wait else []
         command = [*GPUMOVE, "run", *waiting, url, "--", "--nproc-per-node", str(ranks)]
         command += ["-m", "tests.move.paced", "--ddp", "--url", url, "--out", str(self.record), *TINY]
-        self.start([*command, "--steps", str(steps), "--every-steps", str(every)], {**env, "PACE_S": str(pace_s)})
+        self.start([*command, "--steps", str(steps), "--every-steps", str(every)],
+                   {**env, "PACE_S": str(pace_s), "BROKEN": broken, **settings})  # fmt: skip
 
     def losses(self) -> dict[int, str]:
         """By step, with every bit; a line that is being written does not count."""
@@ -83,9 +84,9 @@ class Moving:
             assert time.monotonic() < until, self.text()
             time.sleep(0.01)
 
-    def end(self, seconds: float = 90.0) -> dict[str, Any]:
+    def end(self, seconds: float = 90.0, *, code: int = 0) -> dict[str, Any]:
         """Its report."""
-        assert self.process.wait(seconds) == 0, self.text()
+        assert self.process.wait(seconds) == code, self.text()
         text = self.out.read_text()
         report: dict[str, Any] = json.loads(text[text.index("{\n") :])
         return report

@@ -14,6 +14,7 @@ from gpumove.format import keys
 from gpumove.move.entries import OvertakenError
 from gpumove.move.herald import Herald
 from gpumove.move.report import Event, Wishes
+from gpumove.store.gc import Retention, collect
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from tests.move.runs import CONFIG, Place, read, train
@@ -348,6 +349,55 @@ def test_no_job_is_stopped_for_longer_than_allowed(recorded: Place, monkeypatch:
     assert stage.claimable() == (True, False)
     assert stage.steps(stage.target)[-1] == 5, "later commits were given a chance"
     assert stage.move(_wishes(max_blackout_s=60.0)).phase == "done"
+    stage.close()
+
+
+@pytest.mark.parametrize("limit", [None, 1e-9])
+def test_single_steps_that_the_link_does_not_keep_up_with_end_as_the_job_leaves(
+    recorded: Place, monkeypatch: pytest.MonkeyPatch, limit: float | None
+) -> None:
+    """The last difference is then one of a single step. Where the job goes on it saves as usual again."""
+    stage = Stage(recorded, apart_s=1e-5)
+    monkeypatch.setattr("gpumove.move.machine._POLL_S", 0.01)
+    monkeypatch.setattr("gpumove.move.precopy._COMMIT_S", 0.2)
+
+    def step_by_step(event: Event) -> None:
+        steps = [e for e in stage.events if e.facts.get("every_step")]
+        if steps and event.state in ("wait", "round") and len(stage.steps(stage.source)) < TRAINED:
+            stage.commit()
+
+    stage.hook = step_by_step
+    wishes = _wishes(every_step=True, max_blackout_s=limit)
+    if limit is None:
+        stage.move(wishes)
+    else:
+        with pytest.raises((ConfigError, StoreError)):
+            stage.move(wishes)
+    told = [(e.state, e.facts.get("every_step")) for e in stage.events if e.state in ("begin", "request")]
+    assert told == [("begin", None), ("begin", True), ("request", True) if limit is None else ("begin", False)]
+    stage.close()
+
+
+def test_what_the_source_drops_while_it_is_copied_is_dropped_at_the_target(
+    recorded: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpumove.move.machine._POLL_S", 0.01)
+    stage = Stage(recorded)
+    had: list[list[int]] = []
+
+    def drop(event: Event) -> None:
+        if event.state == "wait" and len(stage.steps(stage.source)) < TRAINED:
+            stage.commit()
+            collect(stage.job, Retention(keep_last=2))
+        if event.state == "round":
+            had.append(stage.steps(stage.target))
+
+    stage.hook = drop
+    with pytest.raises(ConfigError, match="a blackout of at most"):
+        stage.move(_wishes(max_blackout_s=1e-9))
+    assert stage.steps(stage.target)[-1] == 5
+    assert max(map(len, had)) <= 3, had
+    assert read(stage.target)[0] == 5
     stage.close()
 
 

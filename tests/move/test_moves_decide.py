@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 
+import gpumove
 from gpumove.cli import main
 from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError
@@ -22,7 +25,7 @@ from gpumove.job.progress import Progress
 from gpumove.leave.departure import Departure
 from gpumove.leave.requests import Requests, answer, standing
 from gpumove.meeting import Chair, Report, Verdict
-from gpumove.move.cutover import Standing, decide, ship_or_replay, step_s
+from gpumove.move.cutover import Standing, decide, leave_s, ship_or_replay, step_s
 from gpumove.move.rounds import Forecast
 from gpumove.notices.notice import MOVE, Outcome
 from gpumove.save.chain import Chain
@@ -36,8 +39,8 @@ from tests.store.test_log import commit, new_log
 from tests.store.test_moves import THERE, again, say
 
 
-def expect(blackout_s: float | None, *, converges: bool = True) -> Forecast:
-    return Forecast(blackout_s, {}, converges, "why")
+def expect(blackout_s: float | None, *, converges: bool = True, behind: bool = True) -> Forecast:
+    return Forecast(blackout_s, {"behind": 1.0} if behind else {}, converges, "why")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,13 @@ def test_when_to_stop_the_job(
 ) -> None:
     now = Standing(expect(blackout, converges=converges), left, 100.0, rounds, steady, tries)
     assert decide(now, limit).step == step
+
+
+def test_what_goes_over_before_the_job_has_left_is_not_caught_up_with() -> None:
+    hidden = Standing(expect(2.0, behind=False), 100, 100.0, 2)
+    assert decide(hidden, None).step == "cut"
+    assert decide(hidden, 1.0).step == "round", "a later commit may be smaller, and short enough"
+    assert decide(Standing(expect(2.0, behind=False), 900, 100.0, 2), None).step == "round", "more than one commit is"
 
 
 def commits(*at: tuple[float, int], epoch: int = 1) -> list[Checkpoint]:
@@ -178,11 +188,31 @@ def test_no_save_that_is_only_due_is_begun_while_a_move_copies() -> None:
         return verdict
 
     assert meet(10).save is False
-    assert meet(10).next_meeting == 20
     assert meet(15, force=True).save is True, "who asks for one gets it"
     assert meet(20).save is False
     asked.hold = False
     assert (meet(30).save, meet(30).thrift) == (True, 1)
+
+
+def test_a_move_that_asks_for_single_steps_gets_them_from_the_next_meeting_and_that_is_soon() -> None:
+    asked = Asked()
+    chair = Chair(Config(every_steps=1000, every_s=None), 0.0, lambda vitals, step: None, asked)
+    step, meetings, saves = 1, [], []
+    for now in range(1, 2001):  # half a second a step
+        asked.under_way |= now == 700
+        asked.every_step |= now == 900
+        if now == step:
+            verdict = chair.decide(step, [msgspec.msgpack.encode(Report(step))], None, force=False, now=now / 2)
+            assert verdict.error is None
+            meetings.append(now)
+            saves += [now] if verdict.save else []
+            step = verdict.next_meeting
+    apart = [(before, after - before) for before, after in pairwise(meetings)]
+    assert all(gap <= 60 for at, gap in apart), "about half a minute"
+    assert all(gap <= 4 for at, gap in apart if at >= 760), "about two seconds"
+    assert any(gap > 40 for at, gap in apart), "not more often than that, without a move"
+    assert 900 <= saves[0] <= 904
+    assert saves == list(range(saves[0], 2001))
 
 
 # -------------------------------------------------------------------- in words
@@ -320,9 +350,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 def test_a_job_hears_answers_and_is_asked(store: Store) -> None:
     job, tool = Rank0(store), again(store)
     say(tool, "begin", facts={"idle": True})
-    until(lambda: again(store).view.move.facts == {"job": {"save_s": 1.5}})  # type: ignore[union-attr]
+    until(lambda: again(store).view.move.facts == {"job": {"save_s": 1.5, "sight_s": 0.0}})  # type: ignore[union-attr]
     job.took += [0.2, 0.3]
-    until(lambda: again(store).view.move.facts == {"job": {"save_s": 0.3}})  # type: ignore[union-attr]
+    until(lambda: again(store).view.move.facts == {"job": {"save_s": 0.3, "sight_s": 0.0}})  # type: ignore[union-attr]
     head = again(store).view.head
     time.sleep(0.3)
     assert again(store).view.head == head, "what is no news is not told"
@@ -389,17 +419,19 @@ def test_the_first_step_after_a_handover_is_told_once(store: Store) -> None:
     replicator = new_log(store)
     replicator.claim(follows=THERE)
     commit(replicator, 5, 1)
-    say(again(store), "handover", facts={"stopped_at": time.time() - 3, "forced": True})
+    stopped = time.time() - 3
+    say(again(store), "handover", facts={"stopped_at": stopped, "forced": True})
     job = Rank0(store)
     job.departure.step = 5  # what restore() tells
-    time.sleep(0.3)
+    time.sleep(1.0)
     assert again(store).view.move.state == "handover"  # type: ignore[union-attr]
     job.departure.step = 6
     until(lambda: again(store).view.move.state == "done")  # type: ignore[union-attr]
     facts = again(store).view.move.facts  # type: ignore[union-attr]
     assert facts["step"] == 6
     assert facts["forced"] is True
-    assert 3 < facts["blackout_s"] < 6
+    assert 3 < facts["blackout_s"] < 3.8, "over as soon as the next step could be begun"
+    assert facts["at"] - facts["blackout_s"] > stopped + 0.9
     head = again(store).view.head
     job.departure.step = 7
     time.sleep(0.2)
@@ -424,6 +456,25 @@ def test_a_store_that_fails_costs_only_the_request(store: Store, caplog: pytest.
     until(lambda: "is not seen meanwhile" in caplog.text)
     assert job.departure.notice is None
     job.requests.close()
+
+
+def test_what_a_save_takes_as_the_job_leaves_is_less_than_beside_long_steps() -> None:
+    """Beside the training a save waits to see the training thread; as the job leaves it is there."""
+    model = torch.nn.Linear(512, 512)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with gpumove.Checkpointer(memory().url, model=model, optimizer=optimizer, every_steps=1) as ckpt:
+        ckpt.restore()
+        for step in (1, 2):
+            model(torch.ones(1, 512)).sum().backward()
+            optimizer.step()
+            ckpt.step(step)
+            time.sleep(1.2)
+        assert ckpt.last is not None
+        ckpt.last.wait(30)
+        requests = ckpt._way_out.requests
+        assert ckpt._runner.sights[0] > 0.8
+        assert ckpt._runner.took[0] < 0.8
+        assert requests.save_s in ckpt._runner.took or requests.save_s == sum(ckpt._runner.took) / 2, "the median"
 
 
 # -------------------------------------------------------------------- exit codes
@@ -483,3 +534,25 @@ def test_the_log_of_a_fenced_owner_tells_that_it_was_moved() -> None:
         with pytest.raises(FencedError) as caught:
             commit(owner, 1, 1)
         assert caught.value.code == "fenced.moved"
+
+
+@pytest.mark.parametrize(
+    ("save_s", "send_s", "packs", "adds"),
+    [
+        (10.0, 60.0, 1, 10.0),  # one piece: sent when all of it is there
+        (10.0, 60.0, 20, 0.5),  # the first of twenty is there after half a second, and the link is busy from then on
+        (10.0, 2.0, 10, 8.2),  # a fast link waits for the save, and sends the last piece after it
+        (10.0, 0.0, 4, 10.0),
+        (10.0, 60.0, 0, 10.0),
+    ],
+)
+def test_what_leaving_adds_to_the_last_bytes_time(save_s: float, send_s: float, packs: int, adds: float) -> None:
+    assert leave_s(save_s, send_s, packs) == pytest.approx(adds)
+
+
+def test_a_save_in_many_packs_is_sent_where_one_in_a_single_pack_is_not() -> None:
+    line = commits((90.0, 0), (100.0, 10))
+    in_one = ship_or_replay(line, now=104.0, rate_bytes_s=100.0, delta_bytes=1000.0, save_s=8.0)
+    in_many = ship_or_replay(line, now=104.0, rate_bytes_s=100.0, delta_bytes=1000.0, save_s=8.0, packs=16)
+    assert (in_one.save, in_many.save) == (False, True)
+    assert (in_one.send_s, in_many.send_s) == (18.0, pytest.approx(10.5))

@@ -12,11 +12,13 @@ from gpumove.errors import ConfigError, FencedError, IntegrityError
 from gpumove.format import keys
 from gpumove.move.copier import Copier
 from gpumove.move.replica import Replica
+from gpumove.move.rounds import as_source
 from gpumove.store.gc import Retention, collect
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from tests.jobs import new_job
 from tests.move.runs import SETTINGS, Place, check, memory, read, replicate, train
+from tests.move.stage import Stage, tape
 from tests.store.faults import FaultyStore
 
 
@@ -444,11 +446,11 @@ def test_what_the_source_drops_the_replica_drops_and_all_that_stays_is_whole(
         following.look()
         for checkpoint in following.behind():
             following.bring(checkpoint)
-            assert following.retain(following.as_source()) is None
+            assert following.retain(as_source(following.source)) is None
         with source.log() as log:
             collect(log, Retention(2))
         following.look()
-        done = following.retain(following.as_source())
+        done = following.retain(as_source(following.source))
         assert done is not None
         assert done.doomed
     check(target, trained[1], [4, 5])
@@ -482,3 +484,78 @@ def test_a_job_that_takes_over_a_replica_goes_on_exactly(trained: tuple[Place, d
         assert ckpt.restore() == 5
     straight = memory()
     assert train(target, 7)[7] == train(straight, 7)[7]
+
+
+# -------------------------------------------------------------------- what is not committed yet
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Place:
+    return tape()
+
+
+def packs_of(place: Place, serial: int) -> set[str]:
+    return {key for key in place.keys() if key.startswith(f"packs/{keys.attempt_name(1, serial)}/")}
+
+
+def test_what_a_save_has_written_is_copied_before_it_is_committed(recorded: Place) -> None:
+    """The store has the packs of all saves; the log has two of them."""
+    stage = Stage(recorded)
+    with stage.source.open() as raw, stage.target.open() as there:
+        following = replica(raw, there)
+        newest = following.look()
+        assert newest is not None
+        assert not following.bring_early(), "the target is nobody's yet"
+        following.bring(newest)
+        assert following.bring_early()
+        assert packs_of(stage.target, 3) == packs_of(stage.source, 3) != set()
+        assert packs_of(stage.target, 4) == packs_of(stage.source, 4) != set()
+        assert not packs_of(stage.target, 5)
+        assert not following.bring_early(), "all of it is there"
+        assert stage.steps(stage.target) == [2], "nothing is committed that the source has not committed"
+        stage.commit()
+        newest = following.look()
+        assert newest is not None
+        assert {o.key.split("/")[0] for o in following.missing(newest)} == {"parts", "manifests"}
+        sent = following.bring(newest)
+        assert sent is not None
+        assert sent.nbytes > sum(there.exists(key).nbytes for key in packs_of(stage.target, 3))  # type: ignore[union-attr]
+    assert read(stage.target)[0] == 3
+    stage.close()
+
+
+def test_a_save_that_is_damaged_or_never_committed_is_no_error_before_its_commit(recorded: Place) -> None:
+    stage = Stage(recorded)
+    with stage.source.open() as raw, stage.target.open() as there:
+        following = replica(raw, there)
+        newest = following.look()
+        assert newest is not None
+        following.bring(newest)
+        broken = min(packs_of(stage.source, 3))
+        data = bytearray(raw.get(broken))
+        data[-1] ^= 1
+        raw.delete([broken])
+        raw.put(broken, bytes(data))
+        assert not following.bring_early()
+        assert broken not in stage.target.keys()
+        stage.commit()
+        newest = following.look()
+        assert newest is not None
+        with pytest.raises(IntegrityError, match="damaged"):
+            following.bring(newest)
+    stage.close()
+
+
+def test_an_older_epochs_replica_copies_nothing_early(recorded: Place) -> None:
+    """Whoever is to write at the target must have claimed it for the source's owner of now."""
+    stage = Stage(recorded)
+    with stage.source.open() as raw, stage.target.open() as there:
+        following = replica(raw, there)
+        newest = following.look()
+        assert newest is not None
+        following.bring(newest)
+        stage.job.claim()
+        following.look()
+        assert not following.bring_early()
+        assert not packs_of(stage.target, 3)
+    stage.close()

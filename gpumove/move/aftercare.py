@@ -1,0 +1,165 @@
+"""After a move: follows what the job at the target says of itself, until it is known whether it is the same job; takes
+the run back if it is not and that was asked for. Everything that it knows lies in the two logs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from gpumove.format.manifest import Move
+from gpumove.move.baggage import Baggage
+from gpumove.move.entries import Entries
+from gpumove.move.report import Event, Report, Wishes
+from gpumove.parity.watch import Told, told
+from gpumove.store.log import Log
+
+_POLL_S = 1.0
+_LEAST_S, _UNKNOWN_S = 120.0, 600.0
+"""Silence that says nothing yet; and where nobody knows how often a word is to be expected."""
+_GAPS, _STARTS = 5.0, 3
+_LEAVE_S = 60.0
+"""For a job to leave that has stopped, or left, because of what it found."""
+
+
+class Aftercare:
+    """One move's.
+
+    Args:
+        source: the log that the run has left.
+        target: where it is now.
+        entries: of the move.
+        baggage: likewise.
+        wishes: of the user.
+    """
+
+    def __init__(self, source: Log, target: Log, entries: Entries, baggage: Baggage, wishes: Wishes) -> None:
+        self._source, self._target, self._entries, self._baggage = source, target, entries, baggage
+        self._wishes = wishes
+        self._findings: list[str] = []
+        self._discard = self._answered = False
+        self._heard_at, self._gap_s = time.monotonic(), 0.0
+        self._head = self._epoch = self._starts = 0
+        self._step: int | None = None
+        self._told: Move | None = None
+
+    # ---------------------------------------------------------------- what comes of it
+
+    def run(self, report: Report, back: Callable[[Wishes], Report]) -> Report:
+        """Until the comparison is over, or the run was taken back.
+
+        Args:
+            report: of the move.
+            back: takes the run back.
+        """
+        here = self._source.view.move
+        action = self._action(here)
+        if here is None or not action:
+            return report
+        if here.state == "done":
+            self._watch(here, action)
+            took_back = "" if not self._findings or action != "rollback" else "discard" if self._discard else "newest"
+            here = self._end(here, took_back)
+        took_back, findings = str(here.facts.get("back", "")), tuple(map(str, here.facts.get("findings", ())))
+        if not took_back:
+            return replace(report, text=f"{report.text}; {here.text}", findings=findings, events=self._events())
+        leave_s = min(self._wishes.leave_timeout_s, _LEAVE_S) if self._answered else self._wishes.leave_timeout_s
+        wishes = replace(self._wishes, watch="", discard=took_back == "discard", force=True, leave_timeout_s=leave_s)
+        done = back(wishes)
+        text = f"{done.text}: it was taken back, because {'; '.join(findings)}"
+        return replace(done, text=text, findings=findings, events=(*self._events(), *done.events))
+
+    def _action(self, here: Move | None) -> str:
+        """``warn`` or ``rollback``; "" if nobody is to watch, or it is over."""
+        if here is None or not here.is_over:
+            return ""
+        if here.state == "watched":
+            return str(here.facts.get("back", ""))  # what was begun is to be finished
+        return self._wishes.watch or str(here.facts.get("on_parity", ""))
+
+    def _end(self, here: Move, took_back: str) -> Move:
+        """Say so at the source, with what follows; from here on nothing there is kept for the move."""
+        self._baggage.unpin(here)
+        facts = {**here.facts, "findings": self._findings, "back": took_back}
+        found = "; ".join(self._findings) or "nothing was found that was not so before the move"
+        text = f"the watch is over: {found}" + ("; the run is taken back" if took_back else "")
+        self._entries.decided()
+        self._entries.enter("watched", facts=facts, text=text)
+        assert self._source.view.move is not None
+        return self._source.view.move
+
+    def _events(self) -> tuple[Event, ...]:
+        return tuple(self._entries.told)
+
+    # ---------------------------------------------------------------- what is to be seen
+
+    def _watch(self, here: Move, action: str) -> None:
+        """Until it is over, or there is a reason to take the run back."""
+        self._entries.event("watch", "following what the job at the target finds")
+        while True:
+            self._target.follow()
+            view = self._target.view
+            if view.sealed or view.move is None or view.move.move != here.move:
+                self._entries.event("watch", "the run is on its way to somewhere else: there is nothing to watch here")
+                return
+            if self._hears(view.move) or (self._findings and action == "rollback"):
+                return
+            time.sleep(_POLL_S)
+
+    def _hears(self, move: Move) -> bool:
+        """Take in what is new; whether it is over."""
+        view, state, now = self._target.view, told(move), time.monotonic()
+        if state is None:
+            self._say("the job at the target does not compare itself: its watch_steps is 0, or it is an older gpumove")
+            return True
+        if view.head != self._head:
+            self._gap_s = max(self._gap_s, now - self._heard_at) if self._head else 0.0
+            self._head, self._heard_at = view.head, now
+        self._starts_over(state)
+        if move != self._told:
+            self._told = move
+            if move.state == "watched":
+                self._say(move.text)
+            self._take(state)
+        if state.over or state.ended == "finished":
+            return True
+        silent_s = now - self._heard_at
+        if silent_s > self._patience_s(state) and not self._findings:
+            self._find(f"nothing was heard of the job at the target for {silent_s:.0f} s, no commit and no word")
+        return False
+
+    def _starts_over(self, state: Told) -> None:
+        """Whether the job was started again, and whether that helps."""
+        epoch = self._target.view.epoch
+        if state.step != self._step:
+            self._step, self._starts = state.step, 0
+        if self._epoch and epoch != self._epoch:
+            self._starts += 1
+            self._say(f"the job at the target was started again, in epoch {epoch}")
+            if self._starts == _STARTS:
+                self._find(f"the job at the target was started {_STARTS} times, and got no further")
+        self._epoch = epoch
+
+    def _take(self, state: Told) -> None:
+        for finding in state.findings:
+            text = f"step {finding.get('step')}: {finding.get('text')}"
+            self._discard |= finding.get("what") in ("loss", "nan")
+            if text not in self._findings:
+                self._findings.append(text)
+        self._answered = bool(state.ended)
+        if state.ended not in ("", "finished", "left") and not self._findings:
+            self._find(f"the job at the target ended with {state.ended} after step {state.step}")
+
+    def _patience_s(self, state: Told) -> float:
+        if self._wishes.gone_after_s is not None:
+            return self._wishes.gone_after_s
+        each = state.standing.get("s") or state.standing.get("s_expected")
+        gap_s = max(self._gap_s, each * state.steps / 10 if each else 0.0)
+        return max(_LEAST_S, _GAPS * gap_s) if gap_s else _UNKNOWN_S
+
+    def _find(self, text: str) -> None:
+        self._findings.append(text)
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        self._entries.event("watch", text)

@@ -1,0 +1,327 @@
+"""After the handover: the mover follows what the job says of itself, and what it finds decides what follows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+
+from gpumove.errors import ConfigError
+from gpumove.format.manifest import Move
+from gpumove.move import aftercare
+from gpumove.move.moving import move
+from gpumove.move.report import Event, Report, Wishes
+from gpumove.parity.watch import told
+from tests.move.runs import CONFIG, Place, read
+from tests.move.stage import WISHES, Stage, tape
+
+WATCH = replace(WISHES, watch="warn", gone_after_s=20.0)
+ROLLBACK = replace(WATCH, watch="rollback", leave_timeout_s=0.0, arrive_timeout_s=0.0)
+LOSS = {"what": "loss", "step": 12, "text": "the loss is 9"}
+SLOW = {"what": "time", "step": 12, "text": "a step takes 9 s"}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Place:
+    return tape()
+
+
+@pytest.fixture
+def stage(recorded: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    monkeypatch.setattr(aftercare, "_POLL_S", 0.02)
+    made = Stage(recorded)
+    yield made
+    made.close()
+
+
+def newest(place: Place) -> Move:
+    with place.log() as log:
+        assert log.view.move is not None
+        return log.view.move
+
+
+def say(stage: Stage, **watch: Any) -> None:
+    """The target's job tells how far it has compared itself."""
+    with stage.target.log() as log:
+        word = log.view.move
+        assert word is not None
+        facts = {**word.facts, "watch": {"handed": 3, "steps": 200, "epoch": 7, "step": 3, **watch}}
+        log.move("watched", move=word.move, other=word.other, facts=facts, text=f"so far {watch}")
+
+
+def script(stage: Stage, *words: dict[str, Any]) -> None:
+    """What it says, one after the other, each once the mover has heard the one before."""
+    rest = list(words)
+
+    def speak(event: Event) -> None:
+        if event.state == "watch" and rest:
+            say(stage, **rest.pop(0))
+
+    stage.hook = speak
+
+
+def arrive(stage: Stage) -> None:
+    """The stage's job, and one that says from the beginning that it compares itself."""
+    original = stage.arrive
+
+    def both() -> Any:
+        log = original()
+        say(stage)
+        return log
+
+    stage.arrive = both  # type: ignore[method-assign]
+
+
+def watched(stage: Stage, wishes: Wishes, *words: dict[str, Any], **more: Any) -> Report:
+    arrive(stage)
+    script(stage, *words)
+    return stage.move(wishes, **more)
+
+
+def pins(place: Place) -> list[int]:
+    with place.log() as log:
+        return [c.step for c in log.view.checkpoints if c.pinned]
+
+
+def test_a_sound_job_is_watched_to_the_end_and_what_was_kept_is_given_free(stage: Stage) -> None:
+    kept: list[list[int]] = []
+    arrive(stage)
+    rest = [{"step": 100}, {"step": 203, "over": True}]
+
+    def speak(event: Event) -> None:
+        if event.state == "watch" and rest:
+            kept.append(pins(stage.source))
+            say(stage, **rest.pop(0))
+
+    stage.hook = speak
+    done = stage.move(WATCH)
+    assert kept == [[3], [3]]
+    assert pins(stage.source) == []
+    assert (done.phase, done.findings) == ("done", ())
+    assert "nothing was found" in done.text
+    end = newest(stage.source)
+    assert (end.state, end.facts["findings"], end.facts["back"]) == ("watched", [], "")
+    assert stage.claimable() == (False, True)
+    with pytest.raises(ConfigError, match="has moved"):
+        stage.move(WATCH)
+    assert stage.move(WATCH, resume=True).phase == "done"  # there is nothing left to do
+
+
+def test_what_the_user_has_pinned_stays_pinned(recorded: Place, stage: Stage) -> None:
+    original = stage.hook
+
+    def pin(event: Event) -> None:
+        original(event)
+        if event.state == "sealed":
+            with stage.source.log() as log:
+                log.pin(log.view.checkpoints[0], pinned=True)
+
+    arrive(stage)
+    rest = [{"step": 203, "over": True}]
+
+    def speak(event: Event) -> None:
+        pin(event)
+        if event.state == "watch" and rest:
+            say(stage, **rest.pop(0))
+
+    stage.hook = speak
+    stage.move(WATCH)
+    assert pins(stage.source) == [1]
+
+
+def test_a_finding_is_told_and_the_watch_goes_on(stage: Stage) -> None:
+    done = watched(stage, WATCH, {"step": 12, "findings": [LOSS]}, {"step": 203, "over": True, "findings": [LOSS]})
+    assert done.findings == ("step 12: the loss is 9",)
+    assert done.phase == "done"
+    assert stage.claimable() == (False, True)
+
+
+def test_a_loss_that_has_risen_takes_the_run_back_to_what_was_handed_over(stage: Stage) -> None:
+    done = watched(stage, ROLLBACK, {"step": 12, "findings": [LOSS]})
+    assert stage.claimable() == (True, False)
+    assert done.findings == ("step 12: the loss is 9",)
+    assert "taken back" in done.text
+    assert (done.source, done.target) == (stage.target.url, stage.source.url)
+    assert newest(stage.source).state == "handover"
+    assert newest(stage.source).facts["back_to"] == 3
+    assert newest(stage.target).facts["back_to"] == 3
+    assert pins(stage.source) == []
+    assert read(stage.source)[0] == 3
+    assert done.sent_bytes == 0
+
+
+def test_slow_steps_bring_along_what_was_trained(stage: Stage) -> None:
+    watched(stage, ROLLBACK, {"step": 12, "findings": [SLOW]})
+    assert stage.claimable() == (True, False)
+    assert "back_to" not in newest(stage.source).facts
+
+
+def test_a_job_that_ends_with_an_error_is_a_finding_and_one_that_leaves_is_none(stage: Stage) -> None:
+    done = watched(stage, ROLLBACK, {"step": 9, "ended": "left"}, {"step": 12, "ended": "ValueError"})
+    assert done.findings == ("the job at the target ended with ValueError after step 12",)
+    assert stage.claimable() == (True, False)
+
+
+def test_a_job_that_comes_to_its_end_is_no_finding(stage: Stage) -> None:
+    done = watched(stage, ROLLBACK, {"step": 9, "ended": "finished"})
+    assert (done.phase, done.findings) == ("done", ())
+
+
+def test_silence_is_a_finding(stage: Stage) -> None:
+    began = time.monotonic()
+    done = watched(stage, replace(ROLLBACK, gone_after_s=0.5))
+    assert 0.5 < time.monotonic() - began < 15
+    assert "nothing was heard" in done.findings[0]
+    assert stage.claimable() == (True, False)
+
+
+def test_a_job_that_is_started_again_and_again_is_a_finding(stage: Stage) -> None:
+    arrive(stage)
+    starts = [4]
+
+    def start(event: Event) -> None:
+        if event.state == "watch" and starts[0]:
+            starts[0] -= 1
+            with stage.target.log() as log:
+                log.claim(resumed=log.view.find().number)  # type: ignore[union-attr]
+
+    stage.hook = start
+    done = stage.move(ROLLBACK)
+    assert done.findings == ("the job at the target was started 3 times, and got no further",)
+
+
+def test_a_job_that_does_not_compare_itself_is_not_watched(stage: Stage) -> None:
+    done = stage.move(WATCH)
+    assert (done.phase, done.findings) == ("done", ())
+    assert any("does not compare itself" in event.text for event in done.events)
+    assert pins(stage.source) == []
+
+
+def test_the_run_moves_on_while_it_is_watched(stage: Stage) -> None:
+    def begin(event: Event) -> None:
+        if event.state == "watch":
+            with stage.target.log() as log:
+                log.move("begin", move="f" * 16, other="memory://elsewhere")
+
+    arrive(stage)
+    stage.hook = begin
+    done = stage.move(ROLLBACK)
+    assert (done.phase, done.findings) == ("done", ())
+    assert pins(stage.source) == []
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_watch_that_was_killed_is_taken_up_again(stage: Stage, at: int) -> None:
+    """What was asked for is in the log: the one that resumes need not know it."""
+    arrive(stage)
+    seen = [0]
+
+    def kill(event: Event) -> None:
+        if event.state == "watch":
+            seen[0] += 1
+            if seen[0] == at:
+                raise Killed
+            say(stage, step=8)
+
+    stage.hook = kill
+    with pytest.raises(Killed):
+        stage.move(ROLLBACK)
+    assert pins(stage.source) == [3]
+    script(stage, {"step": 12, "findings": [LOSS]})
+    done = stage.move(replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0), resume=True)
+    assert done.findings == ("step 12: the loss is 9",)
+    assert stage.claimable() == (True, False)
+
+
+def test_a_rollback_that_was_killed_before_it_began_is_begun(stage: Stage) -> None:
+    arrive(stage)
+
+    def kill(event: Event) -> None:
+        if event.state == "watch":
+            say(stage, step=12, findings=[LOSS])
+        if event.state == "watched":
+            raise Killed
+
+    stage.hook = kill
+    with pytest.raises(Killed):
+        stage.move(ROLLBACK)
+    assert stage.claimable() == (False, True)
+    stage.hook = lambda event: None
+    done = stage.move(replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0), resume=True)
+    assert "taken back" in done.text
+    assert stage.claimable() == (True, False)
+    assert newest(stage.source).facts["back_to"] == 3
+
+
+@pytest.mark.parametrize("state", ["begin", "request", "sealed"])
+def test_a_way_back_without_what_was_trained_is_resumed_wherever_it_was_killed(stage: Stage, state: str) -> None:
+    stage.move()
+
+    def kill(event: Event) -> None:
+        if event.state == state:
+            raise Killed
+
+    stage.hook = kill
+    back = replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0, force=True)
+    with pytest.raises(Killed):
+        stage.move(replace(back, discard=True), rollback=True)
+    stage.hook = lambda event: None
+    stage.move(back, resume=True)
+    assert stage.claimable() == (True, False)
+    assert newest(stage.source).facts["back_to"] == 3
+    assert read(stage.source)[0] == 3
+
+
+def test_the_way_back_leaves_out_what_came_over_before(recorded: Place, stage: Stage) -> None:
+    """A rollback that copies was begun and given up; the one without it goes on from the step of before."""
+    stage.move()
+    with recorded.log() as log, recorded.open() as store:
+        fourth = log.view.checkpoints[3]
+        with stage.target.open() as there:
+            for info in store.list(""):
+                if not info.key.startswith("log/") and there.exists(info.key) is None:
+                    there.put(info.key, store.get(info.key))
+    with stage.target.log() as log:
+        log.append(lambda view, number: msgspec.structs.replace(fourth, number=number, epoch=view.epoch))
+
+    def kill(event: Event) -> None:
+        if event.state == "request":
+            raise Killed
+
+    stage.hook = kill
+    back = replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0, force=True)
+    with pytest.raises(Killed):
+        stage.move(back, rollback=True)
+    assert stage.steps(stage.source)[-1] == 4
+    stage.hook = lambda event: None
+    move(stage.target.url, stage.source.url, WISHES, config=CONFIG, rollback=True)
+    assert stage.claimable() == (False, True)
+    stage.move(replace(back, discard=True), rollback=True)
+    assert stage.claimable() == (True, False)
+    assert read(stage.source)[0] == 3
+
+
+def test_wrong_wishes_are_refused(stage: Stage) -> None:
+    with pytest.raises(ConfigError, match="--rollback"):
+        stage.move(replace(WISHES, discard=True))
+    with pytest.raises(ConfigError, match="not watched"):
+        stage.move(WATCH, rollback=True)
+
+
+def test_what_the_job_says_is_read_with_care() -> None:
+    assert told(None) is None
+    assert told(said()) is None
+    for wrong in (1, "rollback", [], {}, {"handed": "x", "steps": 1, "epoch": 1}):
+        assert told(said(watch=wrong)) is None
+
+
+def said(**facts: Any) -> Move:
+    return Move(format=1, number=1, epoch=1, writer="", time=0.0, move="", state="done", other="", facts=facts)
