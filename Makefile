@@ -6,11 +6,11 @@ PYTEST := $(PY) -m pytest
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv tools browser test test-slow test-gpu lint format types demo move-demo bench clean distclean
+.PHONY: help venv tools browser test test-slow test-gpu lint format types demo move-demo parity-demo bench clean distclean
 MAKEFLAGS += --no-print-directory
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 venv: $(VENV)/.stamp ## create .venv with gpumove and everything that development needs
 
@@ -52,6 +52,9 @@ demo: venv ## train, kill and resume a small job, and compare every loss
 
 move-demo: venv tools ## train in one cloud, move to another one meanwhile, and compare every loss
 	@$(PY) -m examples.move_between_clouds $(ARGS)
+
+parity-demo: venv ## certify a job on machines that differ, and resumes that are broken, and compare every verdict
+	@$(PY) -m examples.parity $(ARGS)
 
 bench: venv tools ## the benchmarks
 	@$(PY) -m benchmarks $(ARGS)

@@ -38,7 +38,7 @@ def measure(folder: str, calls: int) -> dict[str, list[float]]:
     """Every round of every kind of call, in a job that has saved once and has nothing due."""
     model = torch.nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(model.parameters())
-    loss = torch.tensor(0.5)
+    loss, norm = torch.tensor(0.5), torch.tensor(2.5)
     with gpumove.Checkpointer(folder, model=model, optimizer=optimizer, every_s=None) as ckpt:
         step = ckpt.restore() + 1
         ckpt.step(step)  # the first meeting
@@ -48,6 +48,7 @@ def measure(folder: str, calls: int) -> dict[str, list[float]]:
             "ckpt.step(n)": ckpt.step,
             "ckpt.step(n, loss=float)": lambda n: ckpt.step(n, loss=0.5),
             "ckpt.step(n, loss=tensor)": lambda n: ckpt.step(n, loss=loss),
+            "ckpt.step(n, loss=tensor, grad_norm=tensor)": lambda n: ckpt.step(n, loss=loss, grad_norm=norm),
         }
         found: dict[str, list[float]] = {name: [] for name in kinds}
         for _ in range(_ROUNDS):

@@ -25,19 +25,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 import gpumove
 from examples.demo_picture import draw
+from examples.looks import bars, console, say
 from examples.train_gpt import GPT, make_optimizer
 
 KILLS = ((0.25, 0.45), (0.6, 0.8))
 """In which stretches of the run a process is killed."""
 NEVER = 10**9
-console = Console(highlight=False)
 
 
 @dataclass
@@ -232,12 +230,8 @@ def prove(out: Path, options: dict[str, int], whole: Life, lives: Sequence[Life]
         "every step was computed from the same samples",
         f"the final parameters and optimizer states are equal: {digests[0]}",
     ]
-    for words in wrong[:20]:
-        console.print(f"[bold red]✗[/] {escape(words)}", soft_wrap=True)
-    if checked.sound:
-        console.print(f"[green]✓[/] {len(steps)} checkpoints read back, every byte verified", soft_wrap=True)
-    for words in [] if wrong else good:
-        console.print(f"[green]✓[/] {words}", soft_wrap=True)
+    read = [f"{len(steps)} checkpoints read back, every byte verified"] if checked.sound else []
+    say(wrong, read + ([] if wrong else good))
     return wrong, {"compared_losses": compared, "verified_steps": steps, "digests": digests, "differences": wrong}
 
 
@@ -263,9 +257,8 @@ def main() -> int:
     for run in ("uninterrupted", "killed"):  # what an earlier demonstration has left, and nothing else
         shutil.rmtree(out / run, ignore_errors=True)
 
-    columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bars:
-        trainer = Trainer(out, options, random.Random(seed), bars)
+    with bars() as shown:
+        trainer = Trainer(out, options, random.Random(seed), shown)
         whole = trainer.live("uninterrupted", run="uninterrupted", every=NEVER)
         lives = [
             trainer.live(f"life-{number}", run="killed", every=every, kill=kill)

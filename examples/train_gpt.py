@@ -14,6 +14,7 @@ import math
 import os
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from itertools import chain, repeat
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -124,6 +126,7 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, int]:
     os.environ.setdefault("MKL_CBWR", "AUTO")  # without it MKL promises the same sums from run to run to nobody
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.precision)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -163,7 +166,8 @@ def train(args: argparse.Namespace) -> None:
                 part = model(next(batches).to(device)) / args.accumulate
                 part.backward()
                 loss += part.detach()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # one number, on every rank
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
@@ -172,9 +176,11 @@ def train(args: argparse.Namespace) -> None:
                 dist.all_reduce(loss)
                 loss /= dist.get_world_size()
             samples = blake2b(loader.indices(start, loader.position).tobytes(), digest_size=8).hexdigest()
-            record.write(step=step, loss=float(loss).hex(), samples=samples)  # hex: every bit of the number
+            # In hexadecimal: every bit of the number.
+            record.write(step=step, loss=float(loss).hex(), norm=float(norm).hex(), samples=samples)
             record.save(ckpt.last)
-            if ckpt.step(step, loss=loss):  # 4. The step is complete. Saves beside the training, when it is due.
+            # 4. The step is complete. Saves beside the training, when it is due.
+            if ckpt.step(step, loss=loss, grad_norm=norm):
                 break  # it has to leave, and what could be saved is saved
         else:
             ckpt.save(step, pinned=True).wait()  # 5. The end result: wait for it, and keep it for good.
@@ -183,7 +189,7 @@ def train(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True, help="where the checkpoints lie: a folder, s3://, gs:// or abfs://")
     parser.add_argument("--out", metavar="FILE", help="append one JSON line per step and per save")
@@ -195,4 +201,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--dropout", type=float, default=0.1, help="default 0.1; 0 for the same losses at any number of ranks"
     )
-    train(parser.parse_args())
+    parser.add_argument("--precision", choices=("highest", "high", "medium"), default="highest", help="of products")
+    return parser.parse_args(given)
+
+
+if __name__ == "__main__":
+    train(parse())

@@ -22,15 +22,21 @@ if TYPE_CHECKING:
         GpumoveError,
         IntegrityError,
         LayoutError,
+        ParityError,
         StoreError,
     )
     from gpumove.estimates.estimate import estimate
     from gpumove.format.manifest import Manifest
+    from gpumove.format.pointer import Pointer
     from gpumove.handle import SaveHandle
     from gpumove.inspection.run import checkpoints, verify
     from gpumove.move.replicate import replicate
     from gpumove.notices.notice import Notice
+    from gpumove.parity.outputs import ProbeResult
     from gpumove.reader import load
+    from gpumove.serving.following import follow, pointers, resolve
+    from gpumove.serving.gate import check_probe
+    from gpumove.serving.publishing import demote, promote, publish
     from gpumove.state.loader import ElasticLoader
     from gpumove.telemetry import metrics, observe
 
@@ -45,14 +51,24 @@ _HOMES = {
     "LayoutError": "gpumove.errors",
     "Manifest": "gpumove.format.manifest",
     "Notice": "gpumove.notices.notice",
+    "ParityError": "gpumove.errors",
+    "Pointer": "gpumove.format.pointer",
+    "ProbeResult": "gpumove.parity.outputs",
     "SaveHandle": "gpumove.handle",
     "StoreError": "gpumove.errors",
+    "check_probe": "gpumove.serving.gate",
     "checkpoints": "gpumove.inspection.run",
+    "demote": "gpumove.serving.publishing",
     "estimate": "gpumove.estimates.estimate",
+    "follow": "gpumove.serving.following",
     "load": "gpumove.reader",
     "metrics": "gpumove.telemetry",
     "observe": "gpumove.telemetry",
+    "pointers": "gpumove.serving.following",
+    "promote": "gpumove.serving.publishing",
+    "publish": "gpumove.serving.publishing",
     "replicate": "gpumove.move.replicate",
+    "resolve": "gpumove.serving.following",
     "stage": "gpumove.data.stage",
     "verify": "gpumove.inspection.run",
 }
@@ -68,15 +84,25 @@ __all__ = [
     "LayoutError",
     "Manifest",
     "Notice",
+    "ParityError",
+    "Pointer",
+    "ProbeResult",
     "SaveHandle",
     "StoreError",
     "__version__",
+    "check_probe",
     "checkpoints",
+    "demote",
     "estimate",
+    "follow",
     "load",
     "metrics",
     "observe",
+    "pointers",
+    "promote",
+    "publish",
     "replicate",
+    "resolve",
     "stage",
     "verify",
 ]

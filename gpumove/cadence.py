@@ -114,8 +114,8 @@ class Cadence:
         """A save was begun, or skipped: the next interval counts from here."""
         self.last_step, self.last_save_s = step, now
 
-    def next_meeting(self, step: int, now: float) -> int:
-        """The next step at which a save may be due."""
+    def next_meeting(self, step: int, now: float, *, most_s: float | None = None) -> int:
+        """The next step at which a save may be due, or that is about ``most_s`` away."""
         passed = step - self._seen_step if self._seen_step is not None else 0
         if passed > 0:
             self._step_s = (now - self._seen_s) / passed
@@ -125,6 +125,8 @@ class Cadence:
             candidates.append((step // self.config.every_steps + 1) * self.config.every_steps)
         if self.every_s is not None:
             candidates.append(step + self._steps_in(self.last_save_s + self.every_s - now, passed))
+        if most_s is not None:
+            candidates.append(step + self._steps_in(most_s, passed))
         return min(candidates, default=1 << 62)
 
     def _steps_in(self, seconds: float, passed: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -27,6 +27,12 @@ from gpumove.health import Finding, Health
 from gpumove.leave.way_out import WayOut, request
 from gpumove.meeting import Chair, Told, Verdict
 from gpumove.notices.notice import Notice
+from gpumove.parity.outputs import ProbeResult
+from gpumove.parity.probe import Probes
+from gpumove.parity.recorder import Recorder
+from gpumove.parity.replay import Replay
+from gpumove.parity.verdict import Certificate
+from gpumove.parity.watching import Watching
 from gpumove.runner import Runner
 from gpumove.saver import Saver
 from gpumove.staged import Cut, Seat
@@ -83,7 +89,7 @@ class Checkpointer:
         Raises:
             ConfigError: a setting or an object cannot be used.
         """
-        self.config = Config.from_env(**settings) if config is None else config.replace(**settings)
+        self.config = Config.of_job(config, settings)
         self._peers = Peers(timeout_s=self.config.peer_s)
         self._job = Job(
             model=model,
@@ -99,8 +105,13 @@ class Checkpointer:
         self._planner = Planner(self._peers, split_bytes=self.config.chunk_bytes)
         self._stager = Stager(overlap=self.config.overlap, skip=self.config.skip_unchanged)
         self._runner = Runner(self._log, self.config, self._stager, rank=self._peers.rank)
-        self._health = Health(rank=self._peers.rank, leave_on=self.config.leave_on, leave=self._leave)
-        self._saver = Saver(self._job, self._planner, self._stager, self._runner, self._health)
+        leave_on = self.config.leave_on + (",parity" if self.config.on_parity == "leave" else "")
+        self._health = Health(rank=self._peers.rank, leave_on=leave_on, leave=self._leave)
+        self._recorder = Recorder(self._job, rng=rng, certify_steps=self.config.certify or self.config.certify_steps)
+        self._probes = Probes(self._job, self._peers, self.busy)
+        self._saver = Saver(
+            self._job, self._planner, self._stager, self._runner, self._health, self._recorder, self._probes
+        )
         self._watchdog = Watchdog(
             self._health, hang_s=self.config.hang_s, folder=self.config.trace_dir, saving=self._saver.running
         )
@@ -108,7 +119,12 @@ class Checkpointer:
         self._takeover = Takeover(self._peers, self._job, self._log, self.config, self._saver, self._stager)
         self._way_out = WayOut(self.config, self._peers, self._saver, self._log)
         self._departure = self._way_out.departure
-        self._chair = Chair(self.config, time.monotonic(), self._health.hear, self._way_out.requests.asked)
+        requests, self._watching = self._way_out.requests, Watching(self.config, self._recorder, self._health.tell)
+        self._chair = Chair(self.config, time.monotonic(), self._health.hear, requests.asked, self._watching)
+        requests.watching = self._watching
+        self._chair.choose, self._probes.left_s = self._probes.choose, self._departure.left_s
+        replay = Replay(self._peers, self._log, self.config, self._takeover, self._recorder)
+        self._replay = replay if self.config.certify else None
         self._claimed, self._closed = False, False
         self._next_meeting, self._step = 0, -(1 << 62)
         self._failure: BaseException | None = None
@@ -156,6 +172,11 @@ class Checkpointer:
         """The newest save, running or finished."""
         return self._saver.last
 
+    @property
+    def certificate(self) -> Certificate | None:
+        """What has come of ``Config.certify``: set when ``step`` has returned True, on all ranks."""
+        return None if self._replay is None else self._replay.certificate
+
     # ---------------------------------------------------------------- leaving
 
     @property
@@ -187,6 +208,32 @@ class Checkpointer:
     def _leave(self, finding: Finding) -> None:
         self._departure.request(Notice("health", None, finding.text))
 
+    # ---------------------------------------------------------------- probes
+
+    def probe(
+        self, fn: Callable[[], Any], name: str = "probe", *, every: int = 1, tolerance: float | None = None
+    ) -> None:
+        """Record with checkpoints what the model gives for fixed inputs, and compare that after a restore.
+
+        Call it before ``restore``, on all ranks. ``fn`` runs in the training thread, without gradients, the job's
+        modules in eval mode; generators, flags and buffers are put back afterwards. Rank 0's outputs are what counts.
+
+        Args:
+            fn: gives a tensor, or a dict or tuple of tensors; always the same for the same parameters.
+            name: one for each probe.
+            every: run it with every so many checkpoints, and with all that ``save`` asks for.
+            tolerance: the largest difference that passes for rounding, as a share of the largest recorded value.
+
+        Raises:
+            ConfigError: the name is taken, or an argument is wrong.
+        """
+        self._probes.add(fn, name, every=every, tolerance=tolerance)
+
+    @property
+    def probes(self) -> dict[str, ProbeResult]:
+        """What ``restore`` has found, by name: how far the probes are from what the checkpoint recorded."""
+        return dict(self._probes.results)
+
     # ---------------------------------------------------------------- restore
 
     def restore(
@@ -211,10 +258,15 @@ class Checkpointer:
             IntegrityError: every checkpoint is damaged.
             StoreError: the store failed, or cannot hold a run.
         """
+        if self._replay is not None:
+            self._watchdog.start()
+            self._step = self._replay.restore(step, strict=strict)
+            self._probes.compare(self._takeover.manifest)
+            return self._step
         self._takeover.begin()
         if self.config.wait if wait is None else wait:
             self._way_out.watch()
-            if (told := self._takeover.wait(self._way_out.known, strict=strict)) is not None:
+            if (told := self._takeover.wait(self._way_out.known, strict=strict, step=step)) is not None:
                 self._way_out.turn_back(told)
                 return 0
         candidates = self._claim(step)
@@ -222,10 +274,13 @@ class Checkpointer:
             return 0
         found = self._takeover.load(candidates, strict=strict, lazy=lazy)
         self._chair.cadence.last_step = self._runner.committed_step = self._step = found.step
+        self._runner.committed_attempt = found.attempt
         self._departure.step = found.step
         self._next_meeting = 0
-        self._saver.losses.clear()
+        self._recorder.clear()
+        self._watching.begin(self._log, found, world_size=self._peers.world_size)
         _log.info("resumed from step %d of %s", found.step, self._store.url)
+        self._probes.compare(self._takeover.manifest)
         return found.step
 
     def _claim(self, step: int | None, *, only_if_new: bool = False) -> list[Checkpoint]:
@@ -239,7 +294,14 @@ class Checkpointer:
 
     # ---------------------------------------------------------------- save
 
-    def step(self, step: int, *, loss: torch.Tensor | float | None = None) -> bool:
+    def step(
+        self,
+        step: int,
+        *,
+        loss: torch.Tensor | float | None = None,
+        grad_norm: torch.Tensor | float | None = None,
+        samples: Any = None,
+    ) -> bool:
         """Tell that a step is complete, after ``optimizer.step`` and everything else that belongs to it.
 
         Between meetings this takes a microsecond. At a meeting, a due save is staged and handed to the background.
@@ -247,6 +309,8 @@ class Checkpointer:
         Args:
             step: the number of steps done; it grows.
             loss: recorded in the next manifest; a device tensor is not waited for.
+            grad_norm: likewise.
+            samples: ids of this rank's batch, as a sequence, array or tensor of ints; an ``ElasticLoader`` tells them.
 
         Returns:
             True, on all ranks after the same step, if the job has to leave: end the loop. What could be saved is saved.
@@ -257,13 +321,15 @@ class Checkpointer:
         if self._saver.snapshot is not None:
             self._saver.snapshot.sight()
         self._count(step)
-        self._health.step(step, loss)
-        if loss is not None and self._peers.rank == 0:
-            self._saver.losses.record(step, loss)
+        took_s = self._health.step(step, loss)
+        if self._peers.rank == 0:
+            self._recorder.record(step, loss, took_s, grad_norm, samples)
         self._departure.step = step  # before the limit is looked at
         if step >= self._departure.limit and self._way_out.due(step):
             return True
         if step >= self._next_meeting:
+            if self._replay is not None:
+                return self._replay.step(step)
             try:
                 told = self._meet(step, force=False, pinned=False)
             except StoreError as error:
@@ -288,6 +354,8 @@ class Checkpointer:
             The handle to wait on.
         """
         self._count(step)
+        if self._replay is not None:
+            return self._replay.save(step)
         last = self._saver.last
         if self._way_out.saved(step) and last is not None:
             return last
@@ -340,7 +408,8 @@ class Checkpointer:
             return verdict.notice
         self._runner.settle(self._saver.last, abandon=True)
         cut = Cut(capture, layout, self._planner.agreement())
-        self._saver.begin(step, verdict.serial, cut, self._seat, marks=marks, pinned=pinned)
+        more: dict[str, Any] = {"marks": marks, "pinned": pinned, "probing": verdict.probing}
+        self._saver.begin(step, verdict.serial, cut, self._seat, **more)
         return verdict.notice
 
     def _check_open(self) -> None:
@@ -368,8 +437,11 @@ class Checkpointer:
             return
         self._closed = True
         self._watchdog.close()
+        self._watching.close(self._failure, left=self.leaving)
         ended = False
         try:
+            if self._replay is not None:
+                self._replay.close()
             ended = self._way_out.finish(self._step, self._failure)
             self._takeover.end(wait=ended and self._failure is None and not self.leaving)
         finally:

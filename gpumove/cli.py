@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
-from gpumove import cli_estimate, cli_move, cli_moving, cli_report, cli_run
+from gpumove import cli_certify, cli_estimate, cli_move, cli_moving, cli_report, cli_run, cli_serving
 from gpumove import cli_tables as tables
 from gpumove.cli_options import parse_size, storage_options, whole
 from gpumove.cli_tables import Screen
@@ -116,7 +116,7 @@ def run_export(args: Arguments, screen: Screen) -> int:
         data = export(
             args.url, args.out, step=args.step, what=args.what, dtype=args.dtype, force=args.force,
             max_shard_bytes=parse_size("--max-shard-size", args.max_shard_size), drop_tied=args.tied == "drop",
-            storage_options=storage_options(args), progress=progress,
+            beside=args.config, storage_options=storage_options(args), progress=progress,
         )  # fmt: skip
     screen.give(data, lambda s: tables.show_export(s, data))
     return 0
@@ -125,7 +125,7 @@ def run_export(args: Arguments, screen: Screen) -> int:
 def run_doctor(args: Arguments, screen: Screen) -> int:
     """Is this machine, and this store, fit for a run?"""
     checks: list[Check] = []
-    for check in doctor(args.url, storage_options=storage_options(args)):
+    for check in doctor(args.url, storage_options=storage_options(args), bandwidth=args.probe):
         checks.append(check)
         if not screen.json:
             tables.show_check(screen, check)
@@ -177,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def verb(name: str, run: Verb, *, url: str | None = None, ends: str = "") -> argparse.ArgumentParser:
         found = verbs.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
-        found.set_defaults(run=run)
+        found.set_defaults(run=run, refuse=found.error)
         if ends:
             found.add_argument("src", metavar="SRC", help="where it lies")
             named: dict[str, Any] = {"dest": "dst", "required": True} if ends.startswith("-") else {}
@@ -194,10 +194,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reading(verb)
     _add_changing(verb)
     cli_run.add(verb)
+    cli_certify.add(verb)
     cli_move.add(verb)
     cli_moving.add(verb)
     cli_estimate.add(verb)
     cli_report.add(verb)
+    cli_serving.add(verb)
     return parser
 
 
@@ -217,7 +219,9 @@ def _add_reading(verb: Callable[..., argparse.ArgumentParser]) -> None:
     out.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (5GB)")
     out.add_argument("--tied", choices=("keep", "drop"), default="keep", help="tied tensors under all names, or one")
     out.add_argument("--force", action="store_true", help="replace an earlier export")
-    verb("doctor", run_doctor, url="?")
+    out.add_argument("--config", metavar="DIR", help="copy what lies there beside weights: config.json, tokenizer, ...")
+    fit = verb("doctor", run_doctor, url="?")
+    fit.add_argument("--probe", action="store_true", help="also send 64 MB to the store and back")
 
 
 def _add_changing(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -245,7 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         hide_secrets()
     given, torchrun = cli_run.split(sys.argv[1:] if arguments is None else arguments)
-    args = build_parser().parse_args(given, Arguments(torchrun=torchrun))
+    args, unknown = build_parser().parse_known_args(given, Arguments(torchrun=torchrun))
+    if unknown:
+        args.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     screen = Screen(json=args.json)
     try:
         code: int = args.run(args, screen)

@@ -11,13 +11,14 @@ import msgspec
 
 from gpumove.cli_options import add_copying, copying, seconds
 from gpumove.cli_tables import Screen
-from gpumove.errors import ConfigError
+from gpumove.errors import ConfigError, ParityError
 from gpumove.move.moving import move
 from gpumove.move.report import Event, Report, Wishes
 from gpumove.words import size
 
 Arguments = argparse.Namespace
-_STYLES = {"done": "bold green", "cancelled": "bold yellow", "forced": "bold red", "damaged": "bold red"}
+_STYLES = {"done": "bold green", "cancelled": "bold yellow", "forced": "bold red", "damaged": "bold red",
+           "watch": "bold"}  # fmt: skip
 
 
 def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -31,6 +32,11 @@ def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
     found.add_argument("--leave-timeout", metavar="S", default="600", help="how long the job may take to leave (600)")
     found.add_argument("--arrive-timeout", metavar="S", default="600", help="how long to wait for the job at DST (600)")
     found.add_argument("--no-wait", action="store_true", help="do not wait for the job at DST")
+    found.add_argument("--watch", action="store_true", help="then stay until the job at DST has compared itself")
+    found.add_argument("--on-parity", choices=("warn", "rollback"), help="if it is not as before (warn)")
+    found.add_argument("--step-ratio", metavar="R", help="a step at DST takes R times as long as at SRC")
+    found.add_argument("--gone-after", metavar="S", help="of a watch: silence of the job that says that it is gone")
+    found.add_argument("--discard", action="store_true", help="of --rollback: as it was handed over, nothing later")
     found.add_argument("--every-step", action="store_true", help="ask for a save after every step before the end")
     found.add_argument("--slow", metavar="S", help="and for so much longer steps meanwhile, such as 0.2s")
     found.add_argument("--force", action="store_true", help="without an answer of the job, or of a store that is lost")
@@ -41,12 +47,17 @@ def run_move(args: Arguments, screen: Screen) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s gpumove move: %(message)s")
     if args.slow is not None and not args.every_step:
         raise ConfigError("--slow is for the steps that --every-step asks a save after")
+    if not args.watch and (args.on_parity or args.gone_after):
+        raise ConfigError("--on-parity and --gone-after are for a --watch")
     wishes = Wishes(
         max_blackout_s=None if args.max_blackout is None else seconds("--max-blackout", args.max_blackout),
         leave_timeout_s=seconds("--leave-timeout", args.leave_timeout),
         arrive_timeout_s=0.0 if args.no_wait else seconds("--arrive-timeout", args.arrive_timeout),
         force=args.force, every_step=args.every_step,
         slow_s=0.0 if args.slow is None else seconds("--slow", args.slow),
+        watch=(args.on_parity or "warn") if args.watch else "", discard=args.discard,
+        step_ratio=None if args.step_ratio is None else _ratio(args.step_ratio),
+        gone_after_s=None if args.gone_after is None else seconds("--gone-after", args.gone_after),
     )  # fmt: skip
     with screen.progress("copying") as progress:
         done = move(
@@ -54,7 +65,17 @@ def run_move(args: Arguments, screen: Screen) -> int:
             **copying(args), tell=lambda event: _tell(screen, event), progress=progress,
         )  # fmt: skip
     screen.give(done, lambda s: show_move(s, done))
-    return 0
+    return ParityError.exit_code if done.findings else 0
+
+
+def _ratio(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0.001 <= found <= 1000:
+        raise ConfigError(f"--step-ratio takes a number such as 0.6, not {text!r}")
+    return found
 
 
 def _tell(screen: Screen, event: Event) -> None:
@@ -82,3 +103,5 @@ def show_move(screen: Screen, done: Report) -> None:
     if done.blackout_s is not None:
         foretold = "" if done.forecast_s is None else f"; {done.forecast_s:.1f} s and the restore were foretold"
         screen.line(("blackout ", "bold"), f"{done.blackout_s:.1f} s{foretold}")
+    for finding in done.findings:
+        screen.line(("finding ", "bold red"), finding)

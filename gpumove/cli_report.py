@@ -16,6 +16,7 @@ from gpumove.cli_options import seconds, storage_options
 from gpumove.cli_tables import Cell, Screen
 from gpumove.errors import ConfigError
 from gpumove.inspection.run import open_run
+from gpumove.report.bill import Rates
 from gpumove.report.making import report
 from gpumove.report.status import Status, Watch
 from gpumove.words import lasting, size
@@ -37,6 +38,12 @@ def add(verb: Callable[..., argparse.ArgumentParser]) -> None:
         help="what the machines cost per hour; twice: each side",
     )
     page.add_argument(
+        "--certificate", metavar="FILE", action="append", default=[], help="show what certify --output has written"
+    )
+    page.add_argument("--from", metavar="PLACE", dest="runs_at", help="where it trained, for the table of prices")
+    page.add_argument("--to", metavar="PLACE", help="where it trained after the move")
+    page.add_argument("--prices-file", metavar="FILE", help="prices of your own, which win; - for standard input")
+    page.add_argument(
         "--target-option", metavar="KEY=VALUE", action="append", help="a storage option of TARGET (those of URL)"
     )
     live = verb("status", run_status)
@@ -52,9 +59,10 @@ def run_report(args: Arguments, screen: Screen) -> int:
     urls = [args.url, *([args.url2] if args.url2 else [])]
     options = storage_options(args)
     target = options if args.target_option is None else storage_options(args, "--target-option")
+    rates = Rates(tuple(_price(p) for p in args.hourly), (args.runs_at, args.to), args.prices_file)
     with screen.progress("reading packs") as progress:
         text = report(
-            urls, deep=args.deep, hourly=[_price(p) for p in args.hourly], storage_options=[options, target],
+            urls, deep=args.deep, rates=rates, certificates=args.certificate, storage_options=[options, target],
             progress=progress,
         )  # fmt: skip
     out = Path(args.out)

@@ -22,9 +22,9 @@ _STYLES = {FINISHED: "bold green", DURABLE: "bold green", MOVED: "bold green", N
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is ours and, for ``run``, what after ``--`` is torchrun's."""
+    """What is ours and, for ``run`` and ``certify``, what after ``--`` is torchrun's."""
     given = list(arguments)
-    if given[:1] != ["run"] or "--" not in given:
+    if given[:1] not in (["run"], ["certify"]) or "--" not in given:
         return given, []
     return given[: given.index("--")], given[given.index("--") + 1 :]
 

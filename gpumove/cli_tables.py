@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from gpumove.environment.said import lines
 from gpumove.errors import GpumoveError
 from gpumove.format.manifest import Checkpoint
 from gpumove.inspection.doctor import Check
@@ -167,8 +168,7 @@ def show_detail(screen: Screen, data: Detail) -> None:
     for found in data.health:
         where = f"step {found.get('step')}, rank {found.get('rank')}"
         screen.line((f"{found.get('kind', ''):<11}", "bold yellow"), f"{where}: {found.get('text')}")
-    for name, value in data.fingerprint.items():
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    for name, text in lines(data.fingerprint):
         screen.line((f"{name:<11}", "dim"), text)
     screen.line("")
     heads = ("group", "tensors", "bytes", "stored", "ratio", "new", "how")
@@ -263,8 +263,8 @@ def show_check(screen: Screen, check: Check) -> None:
     """One line of ``doctor``."""
     word, style = _STATUS[check.status]
     screen.line((f"{word:<5}", style), (f"{check.name:<12}", "bold"), " ".join(check.found.split()))
-    if check.advice:
-        screen.line(f"{'':<17}{check.advice}")
+    for text in (*check.details, *([check.advice] if check.advice else [])):
+        screen.line(f"{'':<17}{text}")
 
 
 def show_error(screen: Screen, error: BaseException) -> int:

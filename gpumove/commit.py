@@ -18,7 +18,8 @@ import msgspec
 from gpumove.errors import ConfigError, GpumoveError, IntegrityError, ObjectNotFoundError, StoreError
 from gpumove.format import keys
 from gpumove.format.codec import digest
-from gpumove.format.manifest import FORMAT, Checkpoint, LogEntry, Manifest, PartRef, encode
+from gpumove.format.manifest import FORMAT, Checkpoint, LogEntry, Manifest, PartRef, Took, TraceRow, encode
+from gpumove.format.probes import Probe
 from gpumove.store.log import Log
 from gpumove.store.view import View
 
@@ -36,8 +37,10 @@ class Order:
     """The plan digest of every rank."""
     state_bytes: int
     fingerprint: Mapping[str, Any]
-    trace: Sequence[tuple[int, float | None]]
+    trace: Sequence[TraceRow]
+    trace_after: str = ""
     health: Sequence[Mapping[str, Any]] = ()
+    probes: Sequence[Probe] = ()
     pinned: bool = False
 
 
@@ -106,8 +109,14 @@ def _failure(log: Log, failed: Mapping[int, str]) -> GpumoveError:
     return kind(f"rank {rank} could not write its part: {text}", code=code)
 
 
-def commit(log: Log, order: Order, parts: Sequence[PartRef]) -> Checkpoint:
+def commit(log: Log, order: Order, parts: Sequence[PartRef], *, took: Took | None = None) -> Checkpoint:
     """Publish: the manifest first, then the log entry that makes it a checkpoint.
+
+    Args:
+        log: the run's log.
+        order: what is to be committed.
+        parts: of every rank.
+        took: what the save has cost so far.
 
     Raises:
         FencedError: another owner has claimed the run; nothing was committed.
@@ -124,7 +133,8 @@ def commit(log: Log, order: Order, parts: Sequence[PartRef]) -> Checkpoint:
             format=FORMAT, run=log.run, step=order.step, epoch=epoch, attempt=order.attempt,
             world_size=len(order.plans), time=time.time(), state_bytes=order.state_bytes, new_bytes=new_bytes,
             plan=plan, parts=tuple(parts), fingerprint=dict(order.fingerprint), trace=tuple(order.trace),
-            health=tuple(dict(finding) for finding in order.health),
+            health=tuple(dict(finding) for finding in order.health), took=took, trace_after=order.trace_after,
+            probes=tuple(order.probes),
         )
     )  # fmt: skip
     name = digest(manifest)

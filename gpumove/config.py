@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -85,8 +85,18 @@ class Config:
     """Whether ``restore()`` waits for a run that is being moved here, or is not here yet."""
     leave_on: str = ""
     """Findings that make the job leave: any of ``slow``, ``straggler``, ``nan``, ``hang``, with commas."""
+    watch_steps: int = 200
+    """Steps after a move that are compared with those of before it; 0 for none."""
+    on_parity: str = "warn"
+    """If they are not as before: ``"warn"``, ``"leave"`` as on a notice, or ``"stop"``: an error, and nothing saved."""
     allowed_regions: str = ""
     """Regions that the run may be copied or moved to: patterns such as ``eu-*,europe-west4``; empty for all."""
+    certify_steps: int = 20
+    """Steps after each save that are recorded closely enough for ``gpumove certify``; 0 for none."""
+    certify: int = 0
+    """Claim and save nothing: train so many recorded steps again and compare them. What ``gpumove certify`` sets."""
+    certify_tolerance: float | None = None
+    """Largest difference of a loss, relative, that is no other job: by default 0.001, and 0.005 across devices."""
     on_save_error: str = "raise"
     """``"raise"``: a failed save is raised once in the training thread. ``"warn"``: it is logged and counted."""
 
@@ -120,6 +130,15 @@ class Config:
             values[name] = _parse(variable, text, str(known[name].type))
         return cls(**{**values, **arguments})
 
+    @classmethod
+    def of_job(cls, config: Config | None, settings: Mapping[str, Any]) -> Config:
+        """A Checkpointer's. That it is only to certify the environment says last, so that no script can save then."""
+        made = cls.from_env(**settings) if config is None else config.replace(**settings)
+        last = {name: f"{_PREFIX}{name.upper()}" for name in ("certify", "certify_tolerance")}
+        kinds = {f.name: str(f.type) for f in fields(cls)}
+        told = {n: _parse(v, os.environ[v], kinds[n]) for n, v in last.items() if v in os.environ}
+        return made.replace(**told) if told else made
+
     @staticmethod
     def run_place() -> tuple[str | None, str | None]:
         """The URL and the folder that ``gpumove run`` has told this worker, if it was started by it."""
@@ -132,6 +151,11 @@ class Config:
         names = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
         found = next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), "1")
         return max(1, int(found))
+
+    @staticmethod
+    def variables(names: Iterable[str]) -> dict[str, str]:
+        """Those of these variables that are set: for what the fingerprint may show."""
+        return {name: os.environ[name] for name in names if name in os.environ}
 
     def replace(self, **changes: Any) -> Config:
         """A copy with some fields changed, checked again."""
@@ -165,6 +189,13 @@ def _check_cadence(c: Config) -> list[str]:
     if c.every_s not in (None, "auto") and (isinstance(c.every_s, str) or not 0 < c.every_s < float("inf")):
         problems.append(f"every_s must be None, 'auto' or a finite number above 0, not {c.every_s!r}")
     problems += [
+        f"{name} must be an int of at least 0, not {getattr(c, name)!r}"
+        for name in ("certify", "certify_steps")
+        if type(getattr(c, name)) is not int or getattr(c, name) < 0
+    ]
+    if (most := c.certify_tolerance) is not None and not 0 < most < float("inf"):
+        problems.append(f"certify_tolerance must be None or a finite number above 0, not {most!r}")
+    problems += [
         f"{name} must be a finite number above 0, not {getattr(c, name)!r}"
         for name in ("deadline_s", "retry_s", "peer_s", "grace_s", "hang_s")
         if not 0 < getattr(c, name) < float("inf")
@@ -178,6 +209,8 @@ def _check_sizes(c: Config) -> list[str]:
         problems.append(f"predecessor_bytes must be None or at least 0, not {c.predecessor_bytes}")
     if type(c.max_chain) is not int or c.max_chain < 0:
         problems.append(f"max_chain must be an int of at least 0, not {c.max_chain!r}")
+    if type(c.watch_steps) is not int or c.watch_steps < 0:
+        problems.append(f"watch_steps must be an int of at least 0, not {c.watch_steps!r}")
     if not 1.0 <= c.max_restore_amplification < float("inf"):
         problems.append(f"max_restore_amplification must be a number of at least 1, not {c.max_restore_amplification}")
     if c.chunk_bytes < 4096 or c.chunk_bytes % 16:
@@ -200,6 +233,7 @@ def _check_words(c: Config) -> list[str]:
         "step_log": ("off", "auto"),
         "skip_unchanged": ("host", "all", "off"),
         "on_save_error": ("raise", "warn"),
+        "on_parity": ("warn", "leave", "stop"),
     }
     problems = [
         f"{name} must be one of {', '.join(words)}, not {getattr(c, name)!r}"

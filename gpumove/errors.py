@@ -9,6 +9,7 @@
      +- IntegrityError  20   bytes are wrong: fall back to another checkpoint
      +- LayoutError     30   the checkpoint and the live objects do not fit
      +- FencedError     40   another owner has the run: stop now
+     +- ParityError     50   the numbers are not those that they should be: look before going on
 
 Every message says first what happened to which object, then what to do. ``code`` is stable and meant for programs:
 ``"<group>.<reason>"``. The exit code of the command line is the class's ``exit_code``.
@@ -79,6 +80,13 @@ class FencedError(GpumoveError):
     default_code = "fenced"
 
 
+class ParityError(GpumoveError):
+    """The job does not give the numbers that it gave before, or nobody can tell (code ``parity.unknown``)."""
+
+    exit_code = 50
+    default_code = "parity"
+
+
 def describe(error: BaseException) -> tuple[str, str, str]:
     """An error as plain text, to cross ranks: (class, code, message)."""
     if isinstance(error, GpumoveError):
@@ -89,5 +97,5 @@ def describe(error: BaseException) -> tuple[str, str, str]:
 def rebuild(described: tuple[str, str, str]) -> GpumoveError:
     """The error again."""
     name, code, message = described
-    known = (ConfigError, StoreError, ObjectNotFoundError, IntegrityError, LayoutError, FencedError)
+    known = (ConfigError, StoreError, ObjectNotFoundError, IntegrityError, LayoutError, FencedError, ParityError)
     return {k.__name__: k for k in known}.get(name, GpumoveError)(message, code=code)

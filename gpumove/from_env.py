@@ -88,6 +88,15 @@ class RunFolder:
         """The store's options."""
         return _decoded(self.path / "options.json", dict[str, Any]) or {}
 
+    def put_certificate(self, certificate: bytes) -> None:
+        """What a job that was only certified has found; the first rank of each machine is as good as any."""
+        self._write(self.path / "certificate.json", msgspec.Raw(certificate))
+
+    def certificate(self) -> bytes | None:
+        """It, if there is one."""
+        path = self.path / "certificate.json"
+        return path.read_bytes() if path.exists() else None
+
     def _write(self, path: Path, what: object) -> None:
         """Readers see the old file or the new one, and only this user sees any."""
         draft = path.with_name(f".{path.name}-{os.getpid()}")

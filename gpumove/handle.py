@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gpumove.errors import StoreError
-from gpumove.format.manifest import Checkpoint
+from gpumove.format.manifest import Checkpoint, Took
 from gpumove.tracing import Trace
 
 
@@ -53,16 +53,18 @@ class SaveHandle:
         self.step, self.attempt, self.began = step, attempt, time.perf_counter()
         self.stats, self.trace = SaveStats(), Trace(on=traced)
         self.error: BaseException | None = None
+        self.instead = ""
+        """Why nothing is written, where that is as it should be."""
         self.cancelled = threading.Event()
         self._staged, self._uploaded, self._finished = threading.Event(), threading.Event(), threading.Event()
         self._entry: Checkpoint | None = None
         self._follow: Callable[[float], Checkpoint] | None = None
-        self._seen = False
+        self._seen, self._called = False, False
         self._sight: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
         state = (
-            f"failed: {self.error}" if self.error else "committed" if self.committed
+            self.instead or f"failed: {self.error}" if self.error or self.instead else "committed" if self.committed
             else "uploaded" if self.uploaded else "staged" if self.staged else "staging"
         )  # fmt: skip
         return f"SaveHandle(step={self.step}, {state})"
@@ -161,6 +163,7 @@ class SaveHandle:
         ended = time.perf_counter()
         self.trace.add("call", began, ended)
         self.stats.stall_s += ended - began
+        self._called = True
 
     def mark_staged(self, seconds: float) -> None:
         """The copy is complete."""
@@ -175,6 +178,13 @@ class SaveHandle:
     def mark_committed(self, entry: Checkpoint, seconds: float) -> None:
         """The checkpoint exists."""
         self._entry, self.stats.committed_s = entry, seconds
+
+    def took(self, ready_s: float) -> Took:
+        """What it has cost so far, for the manifest; all parts were there after ``ready_s``."""
+        stats = self.stats
+        stall_s = stats.stall_s if self._called else None  # the call that began it may not have returned yet
+        parts = (stall_s, stats.staged_s, stats.uploaded_s, ready_s)
+        return Took(*(None if seconds is None else round(seconds, 6) for seconds in parts))
 
     def finish(self, error: BaseException | None = None) -> None:
         """Nothing more will happen here."""

@@ -26,6 +26,7 @@ _log = logging.getLogger("gpumove")
 _LOOK_S = 1.0
 """How often a loss is looked at."""
 _MOST_NOTES = 100
+_NEVER = (-1, 0.0)
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -154,6 +155,7 @@ class Health:
         self._leave_on, self._leave = {word.strip() for word in leave_on.split(",")}, leave
         self._told: deque[tuple[int, float] | None] = deque(maxlen=1 << 16)  # None: time that is nobody's
         self._before: tuple[int, float] | None = None
+        self._at = _NEVER  # the newest step, in the training thread
         self.last_step: int | None = None
         self._paces = {False: Pace(), True: Pace()}
         self._saving = False
@@ -168,14 +170,16 @@ class Health:
 
     # ---------------------------------------------------------------- the training thread
 
-    def step(self, step: int, loss: torch.Tensor | float | None = None) -> None:
-        """A step is complete."""
+    def step(self, step: int, loss: torch.Tensor | float | None = None) -> float | None:
+        """A step is complete; the seconds that it took, if that is known and they were all its own."""
         now = self._clock()
         self._told.append((step, now))
+        (since, began), self._at = self._at, (step, now)
         if loss is not None and now >= self._look_at:
             self._look_at = now + _LOOK_S
             with suppress(TypeError, ValueError, RuntimeError):  # a loss that cannot be read costs nobody a step
                 self._newest.look(step, loss)
+        return (now - began) / (step - since) if step > since >= 0 else None
 
     @contextmanager
     def busy(self) -> Iterator[None]:
@@ -184,7 +188,7 @@ class Health:
         try:
             yield
         finally:
-            self._lap = None
+            self._lap, self._at = None, _NEVER
             self._told.append(None)
             self._busy -= 1
 

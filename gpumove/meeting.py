@@ -13,9 +13,12 @@ from gpumove.errors import ConfigError, FencedError, GpumoveError, describe
 from gpumove.format.manifest import Checkpoint
 from gpumove.handle import SaveHandle
 from gpumove.health import Vitals
+from gpumove.parity.watching import Watching
 from gpumove.steplog import Asked, StepLog
 
 _log = logging.getLogger("gpumove")
+_SOON_S, _SELDOM_S = 2.0, 30.0
+"""Most between two meetings, while a move is under way and otherwise: what it asks for waits for no save to be due."""
 
 Described = tuple[str, str, str]
 """An error as ``errors.describe`` gives it."""
@@ -39,6 +42,8 @@ class Report(msgspec.Struct):
     notice: Told | None = None
     """A reason to leave, where there is no quicker way to tell it."""
     vitals: Vitals = Vitals()
+    probes: list[str] = []
+    """Those that the rank has."""
 
 
 class Verdict(msgspec.Struct):
@@ -55,6 +60,8 @@ class Verdict(msgspec.Struct):
     """The job leaves after this step."""
     thrift: int = 0
     """What a move asks of the writers, as ``Asked`` has it."""
+    probing: list[str] = []
+    """The probes to run with the save."""
 
 
 class Claimed(msgspec.Struct):
@@ -89,6 +96,7 @@ class Chair:
         now: float,
         hear: Callable[[Sequence[Vitals], int], None],
         asked: Asked | None = None,
+        watching: Watching | None = None,
     ) -> None:
         """Nothing was decided yet.
 
@@ -97,11 +105,14 @@ class Chair:
             now: seconds of a monotonic clock.
             hear: is told how all ranks are doing.
             asked: what a move asks for.
+            watching: the comparison after a move, which may object to going on.
         """
         self._config, self._hear = config, hear
         self.cadence = Cadence(config, now)
-        self._asked = asked or Asked()
+        self._asked, self._watching = asked or Asked(), watching
         self._step_log = StepLog(config, self._asked)
+        self.choose: Callable[[Sequence[Sequence[str]], int, bool, int], list[str]] = lambda *args: []
+        """Which probes to run with a save: from what each rank has, its serial, whether it was asked, the thrift."""
         self._counted: SaveHandle | None = None
         self.serial = 0
         self.skipped = 0
@@ -122,7 +133,7 @@ class Chair:
         """
         try:
             reports = [msgspec.msgpack.decode(m, type=Report) for m in messages]
-            problem = first_error(reports)
+            problem = first_error(reports) or (self._watching.objection if self._watching is not None else None)
             if problem is None:
                 problem, told, again = self._look_back(last)
                 if problem is None:
@@ -166,10 +177,15 @@ class Chair:
             else:
                 self.serial += 1
                 verdict.save, verdict.serial, self._warned = True, self.serial, False
-        verdict.next_meeting = self.cadence.next_meeting(step, now)
+                verdict.probing = self.choose([r.probes for r in reports], self.serial, wanted, verdict.thrift)
+        most_s = _SOON_S if self._asked.under_way or self._presses() else _SELDOM_S
+        verdict.next_meeting = self.cadence.next_meeting(step, now, most_s=most_s)
         if self._step_log.watching:
             verdict.next_meeting = step + 1
         return verdict
+
+    def _presses(self) -> bool:
+        return self._watching is not None and self._watching.presses
 
     def _count(self, step: int, last: SaveHandle | None, now: float) -> None:
         """Learn from a save that was committed since the last meeting."""

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gpumove.config import Config
+from gpumove.format.pointer import Pointer
 from gpumove.inspection.run import open_run, pick
 from gpumove.restore import fill, read_contents
 from gpumove.state.capture import Job
@@ -17,7 +18,7 @@ from gpumove.state.peers import process_rank
 
 def load(
     url: str,
-    step: int | None = None,
+    step: int | Pointer | None = None,
     *,
     model: nn.Module | Mapping[str, nn.Module] | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None = None,
@@ -31,7 +32,7 @@ def load(
 
     Args:
         url: the run.
-        step: which checkpoint; the newest if None.
+        step: which checkpoint: its step, a pointer, or the newest if None.
         model: as for :class:`gpumove.Checkpointer`.
         optimizer: likewise.
         objects: likewise, by the names that they were saved under.

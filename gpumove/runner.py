@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,13 +12,15 @@ import torch
 
 from gpumove.commit import Order, commit, wait_for_commit, wait_for_parts
 from gpumove.config import Config
-from gpumove.environment import fingerprint
+from gpumove.ending import finish_at_exit
+from gpumove.environment.fingerprint import Environment
+from gpumove.environment.said import tell
 from gpumove.errors import ConfigError
 from gpumove.format import keys
-from gpumove.format.manifest import Checkpoint
+from gpumove.format.manifest import Checkpoint, Manifest
 from gpumove.format.stored import Stored
 from gpumove.handle import SaveHandle
-from gpumove.losses import number
+from gpumove.parity.recorder import told
 from gpumove.retention import Keeper
 from gpumove.save.chunks import ChunkKey
 from gpumove.save.predecessor import Predecessor, keeps_in_memory
@@ -53,6 +53,7 @@ class Runner:
         self._stager = stager
         self._kept_bytes, self._keeps = 0, False
         self.writer = PartWriter(log.store, config)
+        self._environment = Environment()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpumove-save")
         self._pending: list[Future[None]] = []
         self._keeper = Keeper(log, Retention(config.keep_last, config.keep_every)) if rank == 0 else None
@@ -60,9 +61,11 @@ class Runner:
         """Whether the job has to leave: what can wait until after that gives way."""
         self.mutable: set[str] = set()
         """Tensors that were seen to change outside optimizers: from now on they are copied at once."""
-        self.committed_step = -1
+        self.committed_step, self.committed_attempt = -1, ""
         self.took: deque[float] = deque(maxlen=8)
-        """Seconds of the last saves, from the call to the end of what this rank does for them."""
+        """Seconds of the last saves, from the call to the end of what this rank does for them, less those below."""
+        self.sights: deque[float] = deque(maxlen=8)
+        """Seconds that they waited to see the training thread: as a job leaves it is there."""
         self._written: int | None = None
         """Serial number of the snapshot that this process wrote last: what the writer's table is of."""
 
@@ -178,6 +181,10 @@ class Runner:
         self._written = None
         self.writer = PartWriter(self._log_book.store, self._config.replace(codec="auto"))
 
+    def compare(self, manifest: Manifest, world_size: int) -> None:
+        """Say what is not as it was where this checkpoint was made: in the background, and only if all goes well."""
+        self._thread.submit(lambda: tell(manifest, self._environment.now(world_size=world_size)))
+
     def note(self, text: str, timeout_s: float) -> None:
         """Say something in the log, behind what is being done, if that is possible in time."""
         try:
@@ -223,7 +230,8 @@ class Runner:
         handle.mark_uploaded(time.perf_counter() - staged.began, self._follow(handle))
         if staged.seat.rank == 0:
             handle.mark_committed(self._commit(staged), time.perf_counter() - staged.began)
-        self.took.append(time.perf_counter() - staged.began)
+        self.sights.append(staged.snapshot.sight_s)
+        self.took.append(time.perf_counter() - staged.began - self.sights[-1])
 
     def _whole(self, staged: Staged, check: Callable[[], None]) -> None:
         """Check the snapshot; if it is torn, remember by what and say so."""
@@ -245,17 +253,20 @@ class Runner:
             step=staged.handle.step,
             plans=staged.cut.agreed.all_digests,
             state_bytes=staged.cut.agreed.state_bytes,
-            fingerprint=fingerprint(),
-            trace=[(step, number(loss)) for step, loss in staged.trace],
+            fingerprint=self._environment.now(world_size=staged.seat.world_size),
+            trace=told(staged.trace),
+            trace_after=staged.trace_after,
             health=staged.health,
+            probes=staged.probes,
             pinned=staged.pinned,
         )
         trace, cancelled = staged.handle.trace, staged.handle.cancelled
         with trace.span("wait for parts"):
             parts = wait_for_parts(self._log_book, order, timeout_s=staged.seat.patience_s, cancelled=cancelled)
         with trace.span("commit"):
-            entry = commit(self._log_book, order, parts)
-        self.committed_step = entry.step
+            took = staged.handle.took(time.perf_counter() - staged.began)
+            entry = commit(self._log_book, order, parts, took=took)
+        self.committed_step, self.committed_attempt = entry.step, entry.attempt
         return entry
 
     def _follow(self, handle: SaveHandle) -> Callable[[float], Checkpoint]:
@@ -267,20 +278,8 @@ class Runner:
         return follow
 
     def settle_at_exit(self) -> None:
-        """Let a running save finish if the script ends without ``close``.
-
-        Executors refuse work once the interpreter shuts down; callbacks registered here run before that. The function
-        has no public name in python 3.10 to 3.14; without it such a save is lost, and says so.
-        """
-        register = getattr(threading, "_register_atexit", None)
-        thread = weakref.ref(self._thread)
-
-        def settle() -> None:
-            if (executor := thread()) is not None:
-                executor.shutdown()
-
-        if register is not None:
-            register(settle)
+        """Let a running save finish if the script ends without ``close``."""
+        finish_at_exit(self._thread)
 
     def close(self, *, settled: bool = True) -> None:
         """End the threads. A running save must have been settled, or it is left behind and ends by itself."""

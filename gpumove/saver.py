@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from gpumove.errors import StoreError, describe
 from gpumove.handle import SaveHandle
 from gpumove.health import Health
-from gpumove.losses import Losses
 from gpumove.meeting import Report
+from gpumove.parity.probe import Probes
+from gpumove.parity.recorder import Recorder
 from gpumove.runner import Runner
 from gpumove.staged import Cut, Seat, Staged
 from gpumove.state.capture import Capture, Job
@@ -21,10 +22,20 @@ from gpumove.tracing import Trace
 class Saver:
     """One rank's. Whether to save, and what the others do, is decided elsewhere."""
 
-    def __init__(self, job: Job, planner: Planner, stager: Stager, runner: Runner, health: Health) -> None:
+    def __init__(
+        self,
+        job: Job,
+        planner: Planner,
+        stager: Stager,
+        runner: Runner,
+        health: Health,
+        recorder: Recorder,
+        probes: Probes,
+    ) -> None:
         self._job, self.planner, self._stager, self.runner = job, planner, stager, runner
         self._health = health
-        self.losses = Losses()
+        self.recorder = recorder
+        self.probes = probes
         self.last: SaveHandle | None = None
         """The newest save, running or finished."""
         self.snapshot: Snapshot | None = None
@@ -39,7 +50,8 @@ class Saver:
         try:
             self._stager.awaited()
             capture = self._job.capture()
-            return capture, Report(step, replan=self.planner.changed(capture), vitals=self._health.report(step))
+            vitals, probes = self._health.report(step), self.probes.names
+            return capture, Report(step, replan=self.planner.changed(capture), vitals=vitals, probes=probes)
         except Exception as error:  # noqa: BLE001 - state_dict() of a user's object raises what it likes
             return error, Report(step, error=describe(error))
 
@@ -53,7 +65,15 @@ class Saver:
         return self.snapshot
 
     def begin(
-        self, step: int, serial: int, cut: Cut, seat: Seat, *, marks: Sequence[float] = (), pinned: bool = False
+        self,
+        step: int,
+        serial: int,
+        cut: Cut,
+        seat: Seat,
+        *,
+        marks: Sequence[float] = (),
+        pinned: bool = False,
+        probing: Sequence[str] = (),
     ) -> SaveHandle:
         """Stage, and hand over to the background; nothing is in flight.
 
@@ -64,16 +84,20 @@ class Saver:
             seat: this rank's.
             marks: when the call began, and what came before this did.
             pinned: retention keeps it.
+            probing: the probes to run with it, by all ranks alike.
         """
         handle = self.last = self.runner.begin(step, serial)
         began = marks[0] if marks else handle.began
         for name, start, end in zip(("capture", "meet", "plan"), marks, marks[1:]):
             handle.trace.add(name, start, end)
         try:
+            probes = self.probes.take(probing, handle.trace)
             snapshot = self.stage(cut.layout, handle.trace)
             handle.watch(snapshot.sight)
-            trace = self.losses.since(self.runner.committed_step)
-            staged = Staged(handle, snapshot, cut, trace, began, pinned, seat, health=self._health.notes())
+            trace, after = self.recorder.since(self.runner.committed_step), self.runner.committed_attempt
+            self.recorder.cut()
+            notes = self._health.notes()
+            staged = Staged(handle, snapshot, cut, trace, after, began, pinned, seat, health=notes, probes=probes)
             self.runner.start(staged)
         except BaseException as error:
             self.runner.fail(handle, seat, error)

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gpumove.format.probes import Probe
 from gpumove.handle import SaveHandle
+from gpumove.parity.recorder import Recorded
 from gpumove.state.capture import Capture
 from gpumove.state.layout import Agreement, Layout
 from gpumove.state.snapshot import Snapshot
@@ -37,8 +39,11 @@ class Staged:
     handle: SaveHandle
     snapshot: Snapshot
     cut: Cut
-    trace: Sequence[tuple[int, Any]]
+    trace: Sequence[Recorded]
+    trace_after: str
+    """The attempt of the checkpoint that it begins after."""
     began: float
     pinned: bool
     seat: Seat
     health: Sequence[Mapping[str, Any]]
+    probes: Sequence[Probe] = ()

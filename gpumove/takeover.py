@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gpumove.cadence import past
 from gpumove.config import Config
-from gpumove.errors import ConfigError, GpumoveError, describe, rebuild
+from gpumove.errors import ConfigError, FencedError, GpumoveError, describe, rebuild
 from gpumove.fetch import fetch
-from gpumove.format.manifest import Checkpoint
+from gpumove.format.manifest import Checkpoint, Manifest
 from gpumove.lazy import Late, beside
 from gpumove.meeting import Claimed, Told
 from gpumove.ranges import Wanted
@@ -41,8 +41,11 @@ class Takeover:
         self._peers, self._job, self._book, self._config = peers, job, log, config
         self._saver, self._runner, self._stager = saver, saver.runner, stager
         self._warm: Warm | None = None
+        self._taken: Claimed | None = None
         self._late: Late | None = None
         self._looks: list[RemovableHandle] = []
+        self.manifest: Manifest | None = None
+        """Of the checkpoint that was loaded."""
         self.resumed = False
         """Whether the first save follows on from what was restored."""
 
@@ -50,24 +53,40 @@ class Takeover:
         """Nothing is on its way, and nobody uses the log, from here on."""
         self.end()
         self._cool_down()
+        self._taken = None
         self._runner.drop(self._saver.last)
         self._runner.settle(self._saver.last, abandon=True)
         self._runner.idle()  # the log has one user at a time
 
-    def wait(self, told: Callable[[], Told | None], *, strict: bool) -> Told | None:
-        """Until the run may be claimed, with all but the newest bytes of it here; or a notice that ends the wait."""
+    def wait(self, told: Callable[[], Told | None], *, strict: bool, step: int | None) -> Told | None:
+        """Until the run is claimed, with all but the newest bytes of it here; or a notice that ends the wait."""
         waiting = Waiting(self._peers, self._job, self._book, self._config, told=told, strict=strict)
-        notice = waiting.run()
-        if notice is None:
+        while (notice := waiting.run()) is None:
             self._warm = waiting.warm
+            try:
+                self._taken = self.claim(step, follow=True)
+                break
+            except FencedError as error:
+                if error.code != "fenced.moved":
+                    raise
+                _log.warning("the wait goes on: %s", error)  # it was taken back just before the claim
         return notice
 
     # ---------------------------------------------------------------- claim
 
-    def claim(self, step: int | None, *, only_if_new: bool = False) -> Claimed:
-        """Become the owner, on all ranks; the checkpoints to try, newest first."""
+    def claim(self, step: int | None, *, only_if_new: bool = False, follow: bool = False) -> Claimed:
+        """Become the owner, on all ranks; the checkpoints to try, newest first. Done already, if that was waited for.
+
+        Args:
+            step: the checkpoint to take; by default the newest.
+            only_if_new: there must be none.
+            follow: what is new in the log is all that is not known of it.
+        """
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            return taken
         self._peers.meet("the claim of the run")
-        answer = self._claim_here(step, only_if_new) if self._peers.rank == 0 else Claimed()
+        answer = self._claim_here(step, only_if_new, follow) if self._peers.rank == 0 else Claimed()
         answer = msgspec.msgpack.decode(self._peers.broadcast(msgspec.msgpack.encode(answer)), type=Claimed)
         if answer.error is not None:
             raise rebuild(answer.error)
@@ -76,11 +95,12 @@ class Takeover:
         self._runner.take_predecessor({})
         return answer
 
-    def _claim_here(self, step: int | None, only_if_new: bool) -> Claimed:
+    def _claim_here(self, step: int | None, only_if_new: bool, follow: bool) -> Claimed:
         """On rank 0. An error is part of the answer, so that no rank waits for one that will not come."""
         try:
-            run = self._book.open(create=True)
-            view = self._book.read()
+            run = self._book.run if follow else self._book.open(create=True)
+            self._book.follow() if follow else self._book.read()
+            view = self._book.view
             for broken in view.broken:
                 _log.warning("log entry %d cannot be read and is skipped: %s", broken.number, broken.error)
             if only_if_new and view.checkpoints:
@@ -102,6 +122,24 @@ class Takeover:
 
     # ---------------------------------------------------------------- load
 
+    def read(self, checkpoint: Checkpoint, *, strict: bool) -> None:
+        """Fill the live objects from this checkpoint, of a run that this job does not own.
+
+        Raises:
+            LayoutError: the checkpoint and the live objects do not fit.
+            IntegrityError: it is damaged.
+        """
+        contents, _, _ = self._load(checkpoint, strict=strict, lazy=False, damaged=())
+        self.manifest = contents.manifest
+
+    def _load(
+        self, checkpoint: Checkpoint, *, strict: bool, lazy: bool, damaged: Sequence[int]
+    ) -> tuple[Contents, Targets, list[Wanted]]:
+        # In two goes: no rank touches its live objects before all have found that the checkpoint fits theirs.
+        look, step = partial(self._compare, checkpoint, strict=strict, damaged=damaged), checkpoint.step
+        found = self._peers.agree(f"the comparison with step {step}", look)
+        return *found, self._peers.agree(f"the end of reading step {step}", lambda: self._fill(*found, lazy=lazy))
+
     def load(self, candidates: Sequence[Checkpoint], *, strict: bool, lazy: bool) -> Checkpoint:
         """Fill the live objects from the newest of these that is sound; damaged ones are named in a warning.
 
@@ -113,17 +151,16 @@ class Takeover:
         loaded: list[tuple[Contents, Targets, list[Wanted]]] = []
 
         def attempt(checkpoint: Checkpoint) -> None:
-            # In two goes: no rank touches its live objects before all have found that the checkpoint fits theirs.
-            look, step = partial(self._compare, checkpoint, strict=strict, damaged=damaged), checkpoint.step
-            found = self._peers.agree(f"the comparison with step {step}", look)
-            rest = self._peers.agree(f"the end of reading step {step}", lambda: self._fill(*found, lazy=lazy))
-            loaded.append((*found, rest))
+            loaded.append(self._load(checkpoint, strict=strict, lazy=lazy, damaged=damaged))
 
         def say(checkpoint: Checkpoint, error: GpumoveError) -> None:
             damaged.append(checkpoint.number)
             _log.warning("step %d is damaged and is skipped: %s", checkpoint.step, error)
 
         found = try_newest(candidates, attempt, say=say)
+        self.manifest = loaded[-1][0].manifest
+        if self._peers.rank == 0:
+            self._runner.compare(self.manifest, self._peers.world_size)
         self._follow_on(*loaded[-1], checkpoint=found, lazy=lazy)
         return found
 

@@ -8,6 +8,7 @@ taking it up takes: a move foretells its blackout from that.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -32,7 +33,9 @@ from gpumove.warm import Warm
 
 T = TypeVar("T")
 _log = logging.getLogger("gpumove")
-_PAUSE_S = 0.5
+_PAUSE_S, _SOON_S = 0.5, 0.1
+"""Between two looks at the log; while something came lately, the handover may be next."""
+_LATELY_S = 5.0
 _PASSING = ("store.unavailable", "store.timeout", "store.throttled")
 """What may be over in an hour; a wait outlasts it."""
 
@@ -48,6 +51,8 @@ class Answer(msgspec.Struct):
     """What rank 0 makes of it."""
 
     go: bool = False
+    soon: bool = False
+    """The handover may come at any moment."""
     notice: Told | None = None
     newest: Checkpoint | None = None
     error: Described | None = None
@@ -75,6 +80,7 @@ class Waiting:
         self._stop = threading.Event()
         self._look: Future[View | None] | None = None
         self._view: View | None = None
+        self._news_at = -math.inf
         self._said = ""
         self._work: Future[Contents | None] | None = None
         self._tried, self._rehearsed = 0, False
@@ -83,7 +89,7 @@ class Waiting:
         self._told_facts: dict[str, float] | None = None
 
     def run(self) -> Told | None:
-        """Wait until the run may be claimed.
+        """Wait until the run may be claimed. Again, if it could not be after all.
 
         Returns:
             The notice that the job has to leave on before it may, if there is one.
@@ -93,6 +99,9 @@ class Waiting:
             GpumoveError: a rank is gone, or the store refuses to be read.
         """
         self._peers.meet("the wait for the run")
+        self._stop.clear()
+        self._view = self._look = self._work = None
+        self._tried = 0
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="gpumove-wait")
         newest: Checkpoint | None = None
         try:
@@ -104,7 +113,7 @@ class Waiting:
                 if found.go or found.notice is not None:
                     return found.notice
                 newest = found.newest
-                time.sleep(_PAUSE_S)
+                time.sleep(_SOON_S if found.soon else _PAUSE_S)
         finally:
             self._stop.set()
             self._threads.shutdown(cancel_futures=True)
@@ -146,7 +155,8 @@ class Waiting:
             self._said = why
             _log.info("waiting for %s: %s", self._book.store.url, why or "it may be claimed now")
         if view is None or why:
-            return Answer(newest=next(iter(view.candidates()), None) if view is not None else None)
+            newest = next(iter(view.candidates()), None) if view is not None else None
+            return Answer(newest=newest, soon=time.monotonic() - self._news_at < _LATELY_S)
         return Answer(go=True)
 
     # ---------------------------------------------------------------- rank 0: the log
@@ -167,7 +177,10 @@ class Waiting:
     def _read_log(self) -> View | None:
         if not self._book.run and not self._book.open(create=False):
             return None
+        before = self._book.view.head
         self._book.follow()
+        if self._book.view.head > before > 0:
+            self._news_at = time.monotonic()
         if self._told_facts != self._facts:
             self._say_waiting(self._book.view)
         return self._book.view
@@ -234,5 +247,5 @@ class Waiting:
             fetch(self._book.store, wanted, config=self._config, held=self.warm.get)
             took_s = time.perf_counter() - began
             # Besides: the next look at the log, and the claim, which asks the store about as often as records do.
-            self._facts = {"restore_s": round(took_s + _PAUSE_S + 2 * self._read_s, 3)}
+            self._facts = {"restore_s": round(took_s + _SOON_S + 2 * self._read_s, 3)}
             _log.info("taking it up takes %.2f s", took_s)

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import re
 import shlex
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,25 @@ def names(tmp_path: Path, one_rank: None) -> dict[str, Any]:
 @pytest.mark.parametrize("code", blocks("docs/guide.md"))
 def test_guide(code: str, names: dict[str, Any]) -> None:
     run(code, "docs/guide.md", names)
+
+
+def test_serving(names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks belong together; the last is a server, which is stopped once it serves."""
+    monkeypatch.chdir(tmp_path)
+    served, stop = [], threading.Event()
+
+    def serve(model: Any, step: int) -> None:
+        served.append(step)
+        stop.set()
+
+    names |= {"serve": serve, "stop": stop}
+    first, *others = [parameter.values[0] for parameter in blocks("docs/serving.md")]
+    run(first, "docs/serving.md", names)
+    gpumove.publish(names["url"], 1, "canary")
+    for code in others:
+        run(code, "docs/serving.md", names)
+    assert served == [1]
+    assert gpumove.resolve(names["url"], "production").gate["verdict"] == "bitwise"
 
 
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

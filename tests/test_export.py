@@ -20,11 +20,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import gpumove
 from gpumove.config import Config
 from gpumove.errors import ConfigError, IntegrityError, StoreError
+from gpumove.format.codec import digest
 from gpumove.inspection.export import convert, export
 from gpumove.inspection.export_plan import runs
+from gpumove.inspection.receipt import RECEIPT
 from tests.runs import Shard, objects, train, write_sharded
+from tests.servers import Bucket
 
 Tensors = dict[str, torch.Tensor]
 TINY = Config(chunk_bytes=4096, pack_bytes=4096, budget_bytes=8192)
@@ -62,7 +66,7 @@ def test_the_model_bit_for_bit(made: tuple[str, dict[int, Tensors]], tmp_path: P
     url, truth = made
     told: list[tuple[int, int]] = []
     report = export(url, tmp_path / "out", step=step, progress=lambda done, total: told.append((done, total)))
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [RECEIPT, "model.safetensors"]
     same(load_all(tmp_path / "out"), truth[step or 3])
     assert (report.step, report.files, report.tensors) == (step or 3, ("model.safetensors",), len(truth[3]))
     assert told[-1] == (report.tensor_bytes, report.tensor_bytes)
@@ -83,7 +87,7 @@ def test_several_files_and_their_index(made: tuple[str, dict[int, Tensors]], tmp
     count = len(report.files)
     assert count > 3
     expected = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    assert names == sorted([*expected, "model.safetensors.index.json"])
+    assert names == sorted([*expected, "model.safetensors.index.json", RECEIPT])
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in truth[3].values())
     assert index["weight_map"].keys() == truth[3].keys()
@@ -215,7 +219,7 @@ def test_a_folder_that_is_not_empty(made: tuple[str, dict[int, Tensors]], tmp_pa
         export(url, tmp_path)
     assert objects(tmp_path) == before
     export(url, tmp_path, force=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", RECEIPT, "model.safetensors"]
     same(load_all(tmp_path), truth[3])
     with pytest.raises(ConfigError, match="is a file"):
         export(url, tmp_path / "config.json")
@@ -265,3 +269,107 @@ def test_exporting_needs_no_torch(made: tuple[str, dict[int, Tensors]], tmp_path
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     same(load_all(tmp_path), made[1][3])
+
+
+# -------------------------------------------------------------------- for others to find
+
+
+def test_a_folder_appears_whole_or_not_at_all(
+    made: tuple[str, dict[int, Tensors]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, truth = made
+    out, seen = tmp_path / "models" / "step-3", []
+    export(url, out, max_shard_bytes=10_000, progress=lambda done, total: seen.append(out.exists()))
+    assert not any(seen)
+    assert [p.name for p in out.parent.iterdir()] == ["step-3"]
+    same(load_all(out), truth[3])
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StoreError, match="No space"):
+        export(url, tmp_path / "models" / "other")
+    assert [p.name for p in out.parent.iterdir()] == ["step-3"]
+
+
+def test_the_receipt_names_the_checkpoint_and_every_file(made: tuple[str, dict[int, Tensors]], tmp_path: Path) -> None:
+    url, _ = made
+    out = tmp_path / "out"
+    export(url, out, step=2, max_shard_bytes=10_000, dtype="bfloat16")
+    found = json.loads((out / RECEIPT).read_text())
+    (checkpoint,) = (c for c in gpumove.checkpoints(url) if c.step == 2)
+    assert (found["step"], found["attempt"], found["manifest"]) == (2, checkpoint.attempt, checkpoint.manifest)
+    assert (found["what"], found["dtype"]) == ("model", "bfloat16")
+    files = {p.name: {"nbytes": p.stat().st_size, "digest": digest(p.read_bytes())} for p in out.iterdir()}
+    del files[RECEIPT]
+    assert found["files"] == files
+
+
+def test_what_belongs_beside_weights_is_taken_along(made: tuple[str, dict[int, Tensors]], tmp_path: Path) -> None:
+    url, truth = made
+    source = tmp_path / "base"
+    source.mkdir()
+    kept = {"config.json": b"{}", "tokenizer.model": b"\0\1", "README.md": b"hello", "merges.txt": b""}
+    for name, data in kept.items():
+        (source / name).write_bytes(data)
+    (tmp_path / "blob").write_bytes(b"linked")
+    (source / "vocab.json").symlink_to(tmp_path / "blob")
+    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", ".gitattributes", RECEIPT):
+        (source / name).write_bytes(b"not this")
+    (source / "folder").mkdir()
+    export(url, tmp_path / "out", beside=source)
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == sorted([*kept, "vocab.json", "model.safetensors", RECEIPT])
+    assert all((tmp_path / "out" / name).read_bytes() == data for name, data in kept.items())
+    assert (tmp_path / "out" / "vocab.json").read_bytes() == b"linked"
+    same(load_all(tmp_path / "out"), truth[3])
+    export(url, tmp_path / "out", beside=source, force=True)
+    for bad in (tmp_path / "absent", source / "folder"):
+        with pytest.raises(ConfigError):
+            export(url, tmp_path / "no", beside=bad)
+    assert not (tmp_path / "no").exists()
+
+
+def test_publish_takes_an_export_of_just_this_checkpoint(
+    made: tuple[str, dict[int, Tensors]], tmp_path: Path, s3_server: Bucket
+) -> None:
+    url, _ = made
+    out = tmp_path / "out"
+    export(url, out, step=3)
+    pointer = gpumove.publish(url, 3, "canary", export=out)
+    assert pointer.export is not None
+    assert pointer.export.url == out.as_uri()
+    assert pointer.export.files["model.safetensors"].digest == digest((out / "model.safetensors").read_bytes())
+    assert gpumove.promote(url, "canary", "production", gate=False).export == pointer.export
+    there = f"{s3_server.url}/exported-{tmp_path.name}"
+    gpumove.replicate(str(out), there, to_options=s3_server.options)
+    moved = gpumove.publish(url, 3, "canary", export=there, export_options=s3_server.options)
+    assert moved.export is not None
+    assert (moved.export.url, moved.export.files) == (there, pointer.export.files)
+    with pytest.raises(ConfigError, match="exported from another checkpoint, of step 3"):
+        gpumove.publish(url, 2, "canary", export=out)
+    with pytest.raises(ConfigError, match=f"has no {RECEIPT}"):
+        gpumove.publish(url, 3, "canary", export=tmp_path)
+    (out / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(IntegrityError, match=r"is not whole: model\.safetensors"):
+        gpumove.publish(url, 3, "canary", export=out)
+    (out / RECEIPT).write_bytes(b"{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        gpumove.publish(url, 3, "canary", export=out)
+
+
+def test_a_configuration_states_the_dtype_of_the_weights(made: tuple[str, dict[int, Tensors]], tmp_path: Path) -> None:
+    url, _ = made
+    for number, (text, dtype, stated) in enumerate((
+        ('{"torch_dtype": "float32", "n": 1}', "bfloat16", {"torch_dtype": "bfloat16", "n": 1}),
+        ('{"dtype": "float32"}', "float16", {"dtype": "float16"}),
+        ('{"dtype": "float32"}', None, {"dtype": "float32"}),
+        ('{"n": 1}', "bfloat16", {"n": 1}),
+        ("[1]", "bfloat16", [1]),
+    )):  # fmt: skip
+        source = tmp_path / f"base{number}"
+        source.mkdir()
+        (source / "config.json").write_text(text)
+        export(url, tmp_path / f"out{number}", beside=source, dtype=dtype)
+        assert json.loads((tmp_path / f"out{number}" / "config.json").read_text()) == stated

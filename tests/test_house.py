@@ -17,12 +17,22 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 
 # The order of the list is the order of the layers: a module imports only from those above it.
 LAYERS = [
-    ["version", "errors", "config", "budget", "memory", "tracing", "environment", "prctl", "cmdline", "words",
+    ["version", "errors", "config", "budget", "memory", "tracing", "ending", "prctl", "cmdline", "words",
      "steptimes"],
     [
         "format.native", "format.kernels", "format.arithmetic", "format.entropy", "format.lanes", "format.layouts",
         "format.planes", "format.predict", "format.differences", "format.codec", "format.dtypes", "format.rules",
-        "format.coding", "format.manifest", "format.keys", "format.boxes", "format.pack", "format.stored",
+        "format.coding", "format.probes", "format.manifest", "format.pointer", "format.keys", "format.boxes",
+        "format.pack", "format.outputs", "format.stored",
+    ],
+    [
+        "parity.trace", "parity.causes", "parity.rows", "parity.verdict", "parity.usual", "parity.watch",
+        "parity.outputs",
+    ],
+    [
+        "environment.variables", "environment.git", "environment.torch_facts", "environment.fingerprint",
+        "environment.grades", "environment.difference", "environment.devices", "environment.compare",
+        "environment.said",
     ],
     [
         "notices.notice", "notices.metadata", "notices.aws", "notices.gcp", "notices.azure", "notices.signals",
@@ -30,26 +40,29 @@ LAYERS = [
     ],
     [
         "store.retry", "store.address", "store.backends", "store.direct", "store.files", "store.clouds", "store.s3",
-        "store.gcs", "store.azure", "store.connect", "store.objects", "store.view", "store.log", "store.records",
-        "store.gc",
+        "store.gcs", "store.azure", "store.connect", "store.objects", "store.beside", "store.view", "store.log",
+        "store.records", "store.pointers", "store.gc",
     ],
     [
-        "state.values", "state.rng", "state.peers", "state.locals", "state.families", "state.plan", "state.members",
+        "state.values", "state.rng", "state.peers", "state.locals", "state.aside", "state.families", "state.plan",
+        "state.members",
         "state.optimizer", "state.capture",
         "state.layout", "state.arena", "state.unchanged", "state.snapshot", "state.copies", "state.staging",
-        "state.loader",
+        "state.loader", "parity.arrays",
     ],
     [
         "ranges", "fetch", "warm", "save.chunks", "save.predecessor", "save.pace", "save.chain", "save.assemble",
         "save.request", "save.units",
         "save.writer", "commit", "restore", "inspection.survey", "inspection.condition", "inspection.run",
-        "inspection.groups", "inspection.summary",
-        "inspection.export_plan", "inspection.export", "inspection.doctor",
+        "inspection.groups", "inspection.summary", "parity.followed",
+        "inspection.export_plan", "inspection.folder", "inspection.receipt", "inspection.export",
+        "serving.gate", "serving.following", "serving.publishing",
     ],
     [
-        "move.two_ends", "move.pace", "move.regions", "move.lending", "move.copier", "move.admission",
-        "move.replica", "move.rounds", "move.plain", "move.replicate",
-        "move.phase", "move.cutover", "move.checks", "move.report", "move.entries", "move.precopy", "move.herald",
+        "move.two_ends", "move.pace", "move.regions", "move.lending", "move.copier", "move.needs", "move.admission",
+        "move.replica", "move.pointers", "move.rounds", "move.plain", "move.replicate",
+        "move.phase", "move.cutover", "move.checks", "move.report", "move.entries", "move.baggage", "move.aftercare",
+        "move.precopy", "move.herald",
         "move.machine", "move.moving",
     ],
     [
@@ -57,21 +70,27 @@ LAYERS = [
         "estimates.speed", "estimates.costs", "estimates.verdict", "estimates.probing", "estimates.said",
         "estimates.outlook", "estimates.estimate", "estimates.against",
     ],
+    ["inspection.fitness", "inspection.doctor"],
     [
-        "report.points", "report.history", "report.compare", "report.markup", "report.charts",
-        "report.tables", "report.sections", "report.style", "report.page", "report.making", "report.status",
+        "report.points", "report.history", "report.compare", "report.bill", "report.markup", "report.charts",
+        "report.tables", "report.cost", "report.sections", "report.verdicts", "report.style", "report.page",
+        "report.making", "report.status",
     ],
     ["data.sums", "data.folder", "data.shard", "data.fetcher", "data.stage"],
     [
-        "cadence", "steplog", "handle", "telemetry", "losses", "health", "watchdog", "meeting", "staged",
-        "retention", "runner", "saver", "lazy", "waiting", "takeover", "from_env",
+        "cadence", "steplog", "handle", "telemetry", "parity.recorder", "parity.probe", "health", "parity.watching",
+        "watchdog", "meeting", "staged",
+        "retention", "runner", "saver", "lazy", "waiting", "takeover", "from_env", "parity.replay",
         "leave.deadline", "leave.countdown", "leave.board", "leave.messages", "leave.pulse", "leave.departure",
         "leave.requests",
         "leave.council", "leave.leaving", "leave.way_out",
         "checkpointer", "reader",
     ],
     ["job.family", "job.inbox", "job.leash", "job.launch", "job.outcome", "job.progress", "job.supervise"],
-    ["cli_options", "cli_tables", "cli_run", "cli_move", "cli_moving", "cli_estimate", "cli_report", "cli", "__main__"],
+    [
+        "cli_options", "cli_tables", "cli_run", "cli_certify", "cli_move", "cli_moving", "cli_estimate",
+        "cli_report", "cli_serving", "cli", "__main__",
+    ],
 ]  # fmt: skip
 RANK = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 
@@ -142,12 +161,15 @@ def test_the_environment_is_read_and_people_are_spoken_to_in_one_place(path: Pat
 
 # A reason may exceed a size; it is written here, next to the figure.
 LONG_FILES = {
-    "checkpointer": 390,  # one public object; its docstrings are a third of it
-    "store.log": 305,  # one public object
+    "checkpointer": 460,  # one public object; its docstrings are a third of it
+    "format.manifest": 335,  # the records of the format
+    "leave.leaving": 305,
+    "store.log": 306,  # one public object
     "store.objects": 375,  # eight verbs with their docstrings
     "state.loader": 370,  # the loader and its order of samples
     "state.capture": 320,
     "state.layout": 305,
+    "move.machine": 320,  # one state machine, and what it does in each state
     "inspection.summary": 310,  # the data behind two verbs, and its many fields
 }
 

@@ -167,6 +167,41 @@ def test_a_copied_prefix_and_its_ledger_hold_no_secret(
         check(data, [*secrets, *more], name)
 
 
+def test_a_move_its_way_back_and_what_both_logs_say_hold_no_secret(
+    key: Place, sas: Place, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (here, options, secrets), (there, to_options, more) = key, sas
+    here, there = f"{here}-{tmp_path.name}", f"{there}-{tmp_path.name}"
+    forth = [*said_by(options, "--from-option"), *said_by(to_options, "--to-option")]
+    dead = ["--force", "--leave-timeout", "0", "--no-wait"]
+    bad_options = {**options, "key": "AKIAPLANTED000000000", "secret": "planted/secret+1"}
+    hidden_ones = [*secrets, *more, bad_options["key"], bad_options["secret"]]
+    with nothing_said(capfd, caplog, hidden_ones) as said:
+        job = new_job()
+        with gpumove.Checkpointer(here, **job.parts(), storage_options=options) as ckpt:
+            job.train(ckpt.restore(), 2, ckpt)
+            ckpt.save(2).wait(60)
+        assert main(["move", here, "--to", there, *forth, *dead, "--json"]) == 0
+        for form in (["--json"], ["--debug"]):
+            assert main(["move", here, "--to", there, *forth, *form]) == 2  # it is under way
+            assert main(["move", here, "--to", f"{there}-x", *said_by(options, "--from-option"), *form]) in (2, 10)
+            wrong = [*said_by(bad_options, "--from-option"), *said_by(to_options, "--to-option")]
+            assert main(["move", here, "--to", there, *wrong, "--resume", "--no-wait", *form]) in (2, 10)
+            for url, given in ((here, options), (there, to_options)):
+                for verb in ("ls", "show", "doctor"):
+                    assert main([verb, url, *said_by(given), *form]) == 0
+        assert main(["move", here, "--to", there, *forth, *dead, "--rollback", "--debug"]) == 0
+        assert "handover" in said()
+    for where in ((here, options), (there, to_options)):
+        objects = all_objects(*where)
+        entries = b"".join(data for name, data in objects.items() if name.startswith("log/"))
+        assert b'"sealed"' in entries
+        assert (there if where[0] == here else here).encode() in entries
+        for name, data in objects.items():
+            check(name, hidden_ones, "the name of an object")
+            check(data, hidden_ones, name)
+
+
 @pytest.mark.parametrize("form", [["--json"], ["--debug"]], ids=["json", "debug"])
 def test_refusals_show_no_secret(
     key: Place, sas: Place, form: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -191,6 +226,8 @@ def test_refusals_show_no_secret(
                 assert main([verb, at, *said_by(given), *form]) in (2, 10)
             assert main(["replicate", at, str(tmp_path / "to"), *said_by(given, "--from-option"), *form]) in (2, 10)
             assert main(["replicate", str(tmp_path), at, *said_by(given, "--to-option"), *form]) in (2, 10)
+            assert main(["move", at, "--to", str(tmp_path / "to"), *said_by(given, "--from-option"), *form]) in (2, 10)
+            assert main(["move", str(tmp_path), "--to", at, *said_by(given, "--to-option"), *form]) in (2, 10)
             assert at.partition("://")[2] in said()  # it did say where
 
 
@@ -203,7 +240,8 @@ def test_what_is_secret_in_a_url_is_never_shown(
     monkeypatch.setenv("GPUMOVE_DEADLINE_S", "1")
     with nothing_said(capfd, caplog, ["planted", PASSWORD]):
         for form in (["--json"], ["--debug"]):
-            for words in (["ls", url], ["replicate", url, str(tmp_path)], ["replicate", str(tmp_path), url]):
+            ends = (url, str(tmp_path)), (str(tmp_path), url)
+            for words in (["ls", url], *(["replicate", *w] for w in ends), *(["move", a, "--to", b] for a, b in ends)):
                 assert main([*words, *form]) in (2, 10)
         with pytest.raises(GpumoveError) as caught:
             gpumove.stage(url, tmp_path / "here", config=Config(retry_s=1.0, deadline_s=1.0))
@@ -229,6 +267,46 @@ def test_words_that_the_command_line_does_not_know_are_not_repeated(capfd: pytes
         check(said, ["planted"], "the usage")
     assert main(["ls", "memory://x", "--option", "planted"]) == 2
     check("".join(capfd.readouterr()), ["planted"], "an error")
+
+
+SCRIPT = """
+import sys, torch, gpumove
+model = torch.nn.Linear(2, 2)
+with gpumove.Checkpointer(sys.argv[1], model=model) as ckpt:
+    ckpt.save(ckpt.restore() + 1).wait(60)
+"""
+
+
+def test_fingerprints_hold_no_secret_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens of every kind around a job: its variables, its command line, the address of its repository, its folder."""
+    secret = "planted-9c1f/+secret"
+    folder = tmp_path / "planted-user-name"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "HEAD").write_text("a" * 40)
+    (folder / ".git" / "config").write_text(f'[remote "origin"]\n\turl = https://me:{secret}@host/code.git\n')
+    (folder / "train.py").write_text(SCRIPT)
+    for name in (
+        "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "GITHUB_TOKEN",
+        "AZURE_STORAGE_CONNECTION_STRING", "NCCL_SOCKET_IFNAME", "NCCL_TUNER_PLUGIN", "MKL_CBWR", "OMP_PLACES",
+        "PYTORCH_ALLOC_CONF_TOKEN", "CUDA_VISIBLE_DEVICES",
+    ):  # fmt: skip
+        monkeypatch.setenv(name, secret)
+    url = str(tmp_path / "run")
+    for _ in range(2):  # the second one restores, and compares
+        words = [sys.executable, str(folder / "train.py"), url, f"--key={secret}"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, timeout=120, check=True)
+        check(done.stdout + done.stderr, [secret, "planted"], "what the job said")
+    for verb in ("show", "doctor"):
+        for form in ([], ["--json"]):
+            assert main([verb, url, *form]) == 0
+    said = "".join(capfd.readouterr())
+    assert "a" * 40 in said, "the commit is shown"
+    assert "set, to what is not shown" in said
+    check(said, [secret, "planted"], "what is shown of it")
+    for name, data in all_objects(url, {}).items():
+        check(data, [secret, "planted"], name)
 
 
 # --- process lists ---
@@ -294,6 +372,37 @@ def test_a_long_copy_shows_no_secret(key: Place, tmp_path: Path) -> None:
         child.terminate()
         child.wait(60)
     check(log.read_bytes(), secrets, "its log")
+
+
+def test_a_move_that_is_under_way_shows_no_secret(key: Place, sas: Place, tmp_path: Path) -> None:
+    """Killed on the way, and taken up again."""
+    (here, options, secrets), (there, to_options, more) = key, sas
+    here, there = f"{here}-moved", f"{there}-moved"
+    job = new_job()
+    with gpumove.Checkpointer(here, **job.parts(), storage_options=options) as ckpt:
+        job.train(ckpt.restore(), 1, ckpt)
+        ckpt.save(1).wait(60)
+    command = [*GPUMOVE, "move", here, "--to", there, "--json", *said_by(options, "--from-option")]
+    command += said_by(to_options, "--to-option")
+    for resume in ([], ["--resume"]):
+        log = tmp_path / f"log{len(resume)}"
+        with log.open("wb") as out:
+            child = subprocess.Popen([*command, *resume], cwd=ROOT, stdout=out, stderr=out)
+        try:
+            until = time.monotonic() + 60
+            while b'"state":"request"' not in log.read_bytes() and time.monotonic() < until and not resume:
+                assert child.poll() is None, log.read_text()
+                time.sleep(0.05)
+            time.sleep(2.0 if resume else 0.0)
+            assert child.poll() is None, log.read_text()  # no job answers
+            assert hidden(psutil.Process(child.pid), [*secrets, *more])
+            shown = psutil.Process(child.pid).cmdline()
+            assert here in shown
+            assert f"secret={'*' * len(s3.SECRET)}" in shown
+        finally:
+            child.kill()
+            child.wait(60)
+        check(log.read_bytes(), [*secrets, *more], "what it said")
 
 
 def test_a_command_line_without_its_secrets() -> None:

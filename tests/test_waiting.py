@@ -18,7 +18,7 @@ from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from gpumove.waiting import Waiting
 from tests.jobs import Net, TrainingJob, new_job
-from tests.road import Road
+from tests.road import MOVE, Road
 from tests.runs import objects
 
 SETTINGS: dict[str, Any] = {"every_s": None, "keep_last": None, "chunk_bytes": 4096, "pack_bytes": 8192}
@@ -307,3 +307,64 @@ def test_config_knows_it_from_the_environment() -> None:
     assert Config.from_env({"GPUMOVE_WAIT": "1"}).wait
     with pytest.raises(ConfigError, match="wait must be True or False"):
         Config(wait="yes")  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_taken_back_just_before_the_claim_is_waited_for_again(
+    source: str, straight: TrainingJob, tmp_path: Path, listener: Listener, others: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    target = str(tmp_path / "target")
+    road = Road(source, target)
+    road.bring(4)
+    road.hand_over()
+    claim, claims = Log.claim, []
+
+    def late(self: Log, **more: Any) -> Any:
+        """Between the last look at the log and the claim the run is sealed again, towards where it came from."""
+        if self.store.url == ckpt._store.url:
+            claims.append(self.view.refusal())
+            if len(claims) == 1:
+                road.target.move("sealed", move=MOVE, other=road.source.store.url)
+        return claim(self, **more)
+
+    def hand_over_again() -> None:
+        listener.hear("the wait goes on")
+        listener.hear("was moved to")
+        road.target.move("handover", move=MOVE, other=road.source.store.url)
+        road.close()
+
+    monkeypatch.setattr(Log, "claim", late)
+    job = new_job(seed=9)
+    with gpumove.Checkpointer(target, **job.parts(), **SETTINGS) as ckpt:
+        again = others.submit(hand_over_again)
+        assert ckpt.restore(wait=True) == 4
+        again.result(20)
+        job.train(4, LAST, ckpt)
+        ckpt.save(LAST).wait(60)
+    assert claims == ["", ""], "both times it could be claimed as far as was known"
+    assert job.fingerprint() == straight.fingerprint()
+
+
+def test_after_news_the_log_is_looked_at_more_often(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handover follows the last checkpoint: the less of the blackout passes until it is seen."""
+    target, naps = str(tmp_path / "target"), []  # type: ignore[var-annotated]
+    road = Road(source, target)
+    road.bring(3)
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 5:
+            road.bring(4)
+        if len(naps) == 12:
+            road.hand_over()
+
+    monkeypatch.setattr("gpumove.waiting.time.sleep", nap)
+    job = new_job(seed=9)
+    with gpumove.Checkpointer(target, **job.parts(), **SETTINGS) as ckpt:
+        assert ckpt.restore(wait=True) == 4
+    road.close()
+    assert naps[0] == 0.5
+    assert 0.1 in naps[5:8]
+    assert set(naps) == {0.1, 0.5}

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 import gpumove
 from examples.demo import Life, differences, digest
+from examples.looks import bars, console, say
 from examples.move_between_clouds.clouds import Cloud, environment, two_clouds
 from examples.move_between_clouds.picture import draw
 from examples.move_between_clouds.processes import Running, Stage
@@ -36,7 +36,6 @@ NEVER = 10**9
 MOVED = 77
 """What `gpumove run` ends with where the run was moved away."""
 TOLERANCE = 1e-3
-console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
@@ -193,10 +192,7 @@ def prove(trip: Trip, out: Path, target: Cloud, args: argparse.Namespace) -> tup
         f"{compared} losses, of {trip.whole.last} steps, are equal {words}, {args.target_ranks} ranks after {RANKS}",
     ]
     good += [f"the final parameters and optimizer states are equal: {digests[0]}"] if exact else []
-    for words in wrong[:20]:
-        console.print(f"[bold red]✗[/] {escape(words)}", soft_wrap=True)
-    for words in [] if wrong else good:
-        console.print(f"[green]✓[/] {words}", soft_wrap=True)
+    say(wrong, [] if wrong else good)
     return wrong, {"compared_losses": compared, "worst_difference": worst, "digests": digests, "differences": wrong}
 
 
@@ -209,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--delay-s", type=float, default=0.025, help="its delay one way (0.025)")
     parser.add_argument("--most-s", type=float, default=900, help=argparse.SUPPRESS)
     sizes = {"steps": 600, "move-at": 100, "every-steps": 20, "batch": 4, "context": 128, "layers": 4, "width": 128}
-    quick = {"steps": 500, "move-at": 50, "every-steps": 40, "batch": 4, "context": 64, "layers": 3, "width": 96}
+    quick = {"steps": 700, "move-at": 50, "every-steps": 40, "batch": 4, "context": 64, "layers": 3, "width": 96}
     for name in sizes:
         parser.add_argument(f"--{name}", type=int, metavar="N", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -225,10 +221,9 @@ def main() -> int:
     out = args.out.resolve()
     shutil.rmtree(out / "uninterrupted", ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with two_clouds(out, mbit_s=args.mbit_s, delay_s=args.delay_s) as (source, target):
-        with Progress(*columns, console=console) as bars:
-            director = Director(args, out, bars)
+        with bars() as shown:
+            director = Director(args, out, shown)
             trip = director.trip(source, target, director.whole())
         show(trip)
         wrong, proof = prove(trip, out, target, args)

@@ -4,22 +4,30 @@ records alone; nothing is guessed, and what it does not say is None."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 from gpumove.errors import IntegrityError
 from gpumove.estimates.interval import Range
 from gpumove.format.manifest import Checkpoint, Manifest, Move
+from gpumove.parity.trace import number
 from gpumove.store.log import Log
 from gpumove.store.records import reachable, read_manifest
 
 _RECENT = 10
 """Commits that are looked at, of one start of the job."""
 _TIMED, _COUNTED = "measured, step by step", "from the times of commits, with all that lies between them"
+_SAVES = 4
+"""Of these so many are asked for what they took: each costs a request."""
 _EPOCHS = 5
 """Starts of the job that are looked at for the devices that it had."""
+
+
+Read = Callable[[Checkpoint], Manifest | None]
+"""Gives a checkpoint's manifest, or None if it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,11 @@ class Facts:
     every_s: Range | None = None
     """Between two commits."""
     save_s: Range | None = None
-    """From a step to the commit of it: a job tells it to a move, and only then it is in the log."""
+    """From a step to the commit of it."""
     ranks: int | None = None
     device: str | None = None
+    peak_bytes: float | None = None
+    """Of the memory of one GPU, while it trains; of rank 0's, the fullest."""
     speeds: tuple[Speed, ...] = ()
     """The newest first, one for each start of the job that tells."""
     unknown: dict[str, str] = field(default_factory=dict)
@@ -78,6 +88,14 @@ def read_facts(log: Log) -> Facts:
     if not line:
         return Facts(url=log.store.url, unknown={"full_bytes": "what is to be sent: the run has no checkpoint yet"})
     newest, unknown = line[-1], dict[str, str]()
+
+    @cache
+    def read(checkpoint: Checkpoint) -> Manifest | None:
+        try:
+            return read_manifest(log.store, checkpoint)
+        except IntegrityError:
+            return None
+
     try:
         needed: dict[str, int] | None = reachable(log.store, newest)
     except IntegrityError as error:
@@ -90,11 +108,13 @@ def read_facts(log: Log) -> Facts:
         unknown["delta_bytes"] = "what a commit brings: there is only one checkpoint"
     if every is None:
         unknown["every_s"] = "how often a commit comes: there is only one since the job was started last"
+    manifest = read(newest)
+    machine = {} if manifest is None else manifest.fingerprint
     found = Facts(
         url=log.store.url, step=newest.step, state_bytes=newest.state_bytes,
         full_bytes=None if needed is None else sum(needed.values()), delta_bytes=delta, every_s=every,
-        save_s=_save_s(view.move), ranks=newest.world_size, device=_device_of(_manifest(log, newest)),
-        speeds=tuple(_speeds(log, line)), unknown=unknown,
+        save_s=_saved_s(recent, line[0], read) or _told_s(view.move), ranks=newest.world_size,
+        device=device_of(machine), peak_bytes=_peak_of(machine), speeds=tuple(_speeds(line, read)), unknown=unknown,
     )  # fmt: skip
     if found.now is None:
         unknown["speeds"] = "how long a step takes: no trace has step times, and there are too few commits to tell"
@@ -104,8 +124,9 @@ def read_facts(log: Log) -> Facts:
 
 
 def _of_one_start(line: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """The last commits between which the job was not away."""
-    return [c for c in line if c.epoch == line[-1].epoch][-_RECENT - 1 :]
+    """The last commits between which the job was not away. One of the same step, as at a job's end, is no other one."""
+    here = {c.step: c for c in reversed(line) if c.epoch == line[-1].epoch}
+    return sorted(here.values(), key=lambda c: c.number)[-_RECENT - 1 :]
 
 
 def _deltas(line: Sequence[Checkpoint], recent: Sequence[Checkpoint], record_bytes: int) -> Range | None:
@@ -118,7 +139,24 @@ def _gaps(recent: Sequence[Checkpoint]) -> Range | None:
     return _spread([after.time - before.time for before, after in pairwise(recent) if after.time > before.time])
 
 
-def _save_s(move: Move | None) -> Range | None:
+def _saved_s(recent: Sequence[Checkpoint], first: Checkpoint, read: Read) -> Range | None:
+    """What the last saves took, the commit as well: its first half lies between the times of both its records, and its
+    second half, the entry, takes about as long. The run's very first save is whole: it counts if there is no other."""
+    later = [c for c in recent if c.number != first.number] or recent
+    known = []
+    for checkpoint in later[-_SAVES:]:
+        manifest = read(checkpoint)
+        if manifest is not None and manifest.took is not None and manifest.took.ready_s is not None:
+            known.append((manifest.took.ready_s, max(0.0, checkpoint.time - manifest.time)))
+    if not known:
+        return None
+    likely = statistics.median(ready_s + 2 * half_s for ready_s, half_s in known)
+    ends = [ready_s + times * half_s for ready_s, half_s in known for times in (1, 3)]
+    return Range.over(likely, *ends)
+
+
+def _told_s(move: Move | None) -> Range | None:
+    """What the job has told the last move."""
     told = move.facts.get("job") if move else None
     found = told.get("save_s") if isinstance(told, Mapping) else None
     return Range.exact(found) if isinstance(found, (int, float)) and found >= 0 else None
@@ -135,30 +173,23 @@ def _spread(values: Sequence[float]) -> Range | None:
 # -------------------------------------------------------------------- steps
 
 
-def _speeds(log: Log, line: Sequence[Checkpoint]) -> Iterable[Speed]:
+def _speeds(line: Sequence[Checkpoint], read: Read) -> Iterable[Speed]:
     """For each of the last starts of the job what its newest manifest, or else its commits, say."""
     for epoch in sorted({c.epoch for c in line}, reverse=True)[:_EPOCHS]:
         commits = [c for c in line if c.epoch == epoch][-_RECENT - 1 :]
-        manifest = _manifest(log, commits[-1])
-        timed, how = _timed(manifest), _TIMED
+        manifest = read(commits[-1])
+        # A commit that follows at once on another one has no steps of its own.
+        timed, how = next((s for c in reversed(commits[-_SAVES:]) if (s := _timed(read(c)))), None), _TIMED
         if timed is None:
             timed, how = _counted(commits), _COUNTED
         if timed is not None:
-            yield Speed(timed, commits[-1].world_size, _device_of(manifest), how)
-
-
-def _manifest(log: Log, checkpoint: Checkpoint) -> Manifest | None:
-    try:
-        return read_manifest(log.store, checkpoint)
-    except IntegrityError:
-        return None
+            yield Speed(timed, commits[-1].world_size, device_of(manifest.fingerprint) if manifest else None, how)
 
 
 def _timed(manifest: Manifest | None) -> Range | None:
-    """Step times of the trace, whose rows have facts as a third column where any were recorded."""
-    rows = cast(Sequence[Sequence[Any]], manifest.trace if manifest else ())
-    given = [row[2].get("s") for row in rows if len(row) > 2 and isinstance(row[2], Mapping)]
-    return _spread([s for s in given if isinstance(s, (int, float)) and s > 0])
+    """Step times of the trace."""
+    given = [number(row, "s") for row in (manifest.trace if manifest else ())]
+    return _spread([s for s in given if s is not None and 0 < s < float("inf")])
 
 
 def _counted(commits: Sequence[Checkpoint]) -> Range | None:
@@ -166,9 +197,15 @@ def _counted(commits: Sequence[Checkpoint]) -> Range | None:
     return _spread([seconds / steps for seconds, steps in pairs if seconds > 0 and steps > 0])
 
 
-def _device_of(manifest: Manifest | None) -> str | None:
+def device_of(fingerprint: Mapping[str, Any]) -> str | None:
     """The first device's name; a job whose devices differ is not told apart."""
-    devices = (manifest.fingerprint if manifest else {}).get("devices") or [None]
+    devices = fingerprint.get("devices") or [None]
     first = devices[0]
     found = first.get("model") if isinstance(first, Mapping) else first
     return found if isinstance(found, str) else None
+
+
+def _peak_of(fingerprint: Mapping[str, Any]) -> float | None:
+    peak = fingerprint.get("peak")
+    found = peak.get("device_bytes") if isinstance(peak, Mapping) else None
+    return float(found) if isinstance(found, int) and found > 0 else None

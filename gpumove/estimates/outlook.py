@@ -81,8 +81,8 @@ class Case:
         elif remaining_h is None:
             unknown.append("how much work remains: say it (--remaining-steps or --remaining-hours)")
         here = Devices(gpu, gpus) if gpu and gpus else None
-        lies_at = _lies_at(src, source)
-        return cls(facts, said, source, prices, table, lies_at, here, gpus, remaining_h, tuple(unknown))
+        found = lies_at(src, source)
+        return cls(facts, said, source, prices, table, found, here, gpus, remaining_h, tuple(unknown))
 
     def outlook(self, target: Place | None, link: Link) -> Outlook:
         """For one target; for none, only what is sent."""
@@ -101,7 +101,7 @@ class Case:
             unknown.append(f"how long a step takes there: {how}")
         fit = Fit("unknown", "its GPUs are not known")
         if there is not None:
-            peak_bytes = self.said.peak_bytes
+            peak_bytes = facts.peak_bytes if self.said.peak_bytes is None else self.said.peak_bytes
             fit = fits(there, state_bytes=facts.state_bytes, peak_bytes=peak_bytes, here=self.here)
         out = egress(transfer.nbytes, self.lies_at, target, self.prices)
         if isinstance(out, str):
@@ -143,7 +143,7 @@ class Case:
         return ratio(self.here, there), f"{how}; measured step times win as soon as there are any"
 
 
-def _lies_at(src: str | None, source: Place | None) -> tuple[str, str] | None:
+def lies_at(src: str | None, source: Place | None) -> tuple[str, str] | None:
     """Provider and region of the data, which is not always where the GPUs are."""
     provider = _CLOUDS.get(parse(src).family) if src else None
     if provider is not None and (source is None or source.provider != provider):

@@ -142,7 +142,7 @@ def read_prices(path: str | None = None) -> Prices:
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the prices at {path} cannot be read: {error}") from None
+        raise ConfigError(f"the prices at {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return ours.under(_read(Prices, text, path))
 
 

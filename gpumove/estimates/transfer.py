@@ -137,11 +137,14 @@ def _course(full_bytes: float, delta_bytes: float, every_s: float, rate_bytes_s:
         rate_bytes_s: of the link.
         since: how long ago the last commit came when it begins, as a share of the time between two.
     """
-    expected = forecast(Measured(rate_bytes_s, delta_bytes, every_s))
+    found = Measured(rate_bytes_s, delta_bytes, every_s)
+    expected = forecast(found)
     rounds, steady, sent, now, commits = 0, 0, 0.0, 0.0, 0
     left: int | None = int(full_bytes)
     while rounds < _MOST_ROUNDS:
-        standing = Standing(expected, left, delta_bytes, rounds, steady)
+        # Nobody knows how long a step takes: what is lacking is supposed to go over after the job's last one.
+        now_s = expected if left is None else forecast(found, behind=left / rate_bytes_s)
+        standing = Standing(now_s, left, delta_bytes, rounds, steady)
         if left is None or decide(standing, None).is_end:
             break
         steady += is_steady(standing)

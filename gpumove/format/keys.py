@@ -12,7 +12,7 @@ _PART = re.compile(
     r"parts/(?P<attempt>\d{8}-\d{8})/(?P<rank>\d{6})-(?P<digest>[0-9a-f]{32})-(?P<plan>[0-9a-f]{16})-(?P<new>\d+)\.json"
 )
 _FAILED = re.compile(r"parts/(?P<attempt>\d{8}-\d{8})/(?P<rank>\d{6})-failed\.json")
-_PACK = re.compile(r"packs/(?P<attempt>\d{8}-\d{8})/[0-9a-f]{32}\.safetensors")
+_PACK = re.compile(r"packs/(?P<attempt>\d{8}-\d{8})/(?P<digest>[0-9a-f]{32})\.safetensors")
 _MANIFEST = re.compile(r"manifests/(?P<attempt>\d{8}-\d{8})-[0-9a-f]{32}\.json")
 _ENTRY = re.compile(r"log/(\d{20})\.json")
 
@@ -40,6 +40,12 @@ def attempt_of(key: str) -> str | None:
     """The attempt that an object belongs to; None if it is none that gpumove writes, whatever folder it lies in."""
     found = (pattern.fullmatch(key) for pattern in (_PACK, _PART, _FAILED, _MANIFEST))
     return next((match["attempt"] for match in found if match), None)
+
+
+def pack_digest(key: str) -> str | None:
+    """The digest that a pack's key has in its name; None if it is no such key."""
+    found = _PACK.fullmatch(key)
+    return found["digest"] if found else None
 
 
 def entry_key(number: int) -> str:

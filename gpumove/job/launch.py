@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from gpumove.config import Config
 from gpumove.errors import ConfigError
 from gpumove.from_env import RunFolder
 
@@ -23,14 +24,17 @@ def settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in _OURS[:2]}
 
 
-def environment(url: str, folder: RunFolder, *, grace_s: float, wait: bool = False) -> dict[str, str]:
+def environment(url: str, folder: RunFolder, config: Config) -> dict[str, str]:
     """What the workers are told. Signals stay on: if this process is killed, torchrun passes a SIGTERM on to them."""
     if "," in str(folder.request_file):
         raise ConfigError(f"{folder.path} must not hold a comma: set TMPDIR to another folder")
     notices = f"signals,file:{folder.request_file}"
-    told = dict(zip(_OURS, (url, str(folder.path), notices, str(grace_s), str(int(wait)))))
+    told = dict(zip(_OURS, (url, str(folder.path), notices, str(config.grace_s), str(int(config.wait)))))
+    if config.certify:
+        told["GPUMOVE_CERTIFY"] = str(config.certify)
+        told["GPUMOVE_CERTIFY_TOLERANCE"] = str(config.certify_tolerance)
     # From torch 2.12 on: where a scheduler signals torchrun too, the workers get the grace and not 30 seconds.
-    return {"PET_SHUTDOWN_TIMEOUT": str(max(1, int(grace_s))), **os.environ, **told}
+    return {"PET_SHUTDOWN_TIMEOUT": str(max(1, int(config.grace_s))), **os.environ, **told}
 
 
 class Torchrun:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from gpumove.errors import ConfigError, FencedError, GpumoveError, IntegrityError, LayoutError
+from gpumove.errors import ConfigError, FencedError, GpumoveError, IntegrityError, LayoutError, ParityError
 from gpumove.from_env import Word
 from gpumove.notices.notice import MOVE, Outcome
 
@@ -19,7 +19,7 @@ _LINES = 30
 _AGENT = "failed (exitcode: "
 """From here on torchrun speaks, at length, and without having heard what the worker said."""
 # Another attempt would meet the same: only these are worth one, besides all that is no error of gpumove's.
-_FINAL = {error.exit_code for error in (ConfigError, IntegrityError, LayoutError, FencedError)}
+_FINAL = {error.exit_code for error in (ConfigError, IntegrityError, LayoutError, FencedError, ParityError)}
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ class Result:
     outcome: Outcome | None
     notice: Notice | None
     restarts: int
+    certificate: bytes | None = None
+    """Of a job that was only certified."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def run(job: Job) -> Result:
         result = Supervisor(job, folder, inbox).run()
         if result.notice is not None:
             watcher.acknowledge(result.notice)
-        return result
+        return replace(result, certificate=folder.certificate())
     finally:
         shutil.rmtree(folder.path, ignore_errors=True)
 
@@ -107,7 +109,7 @@ class Supervisor:
         self._job, self._folder, self._inbox = job, folder, inbox
         self._family = Family()
         self._progress = Progress(job.url, job.config, job.options)
-        self._env = environment(job.url, folder, grace_s=job.config.grace_s, wait=job.config.wait)
+        self._env = environment(job.url, folder, job.config)
         folder.put_options(dict(job.options))
         self._notice: Notice | None = None
         self._terminate_at = self._kill_at = self._deadline = inf
@@ -176,6 +178,8 @@ class Supervisor:
 
     def _after_a_crash(self, verdict: Verdict, ended: _Ended, before: Look) -> Verdict:
         """Wait before another attempt; or the verdict that there is to be none."""
+        if self._job.config.certify:
+            return Verdict(crash_code(ended.words), verdict.text)
         had, has = before.step(_LOOK_S), self._progress.look().step(_LOOK_S)
         newer = had is not None and has is not None and has > had
         self._fruitless = 0 if newer else self._fruitless + 1

@@ -70,7 +70,7 @@ def lanes(axes: Any, rows: Sequence[tuple[str, Sequence[float]]], *, x: str) -> 
     """When things of several kinds happened: a lane for each, the first one on top."""
     marks = "|^vDxo*s"
     for place, (label, times) in enumerate(rows):
-        colour = ALARM if label in ("notice", "health") else SECOND if label == "move" else FIRST
+        colour = ALARM if label in ("notice", "health", "parity") else SECOND if label == "move" else FIRST
         seen = _apart(times)
         axes.plot(seen, [-place] * len(seen), linestyle="", marker=marks[place % len(marks)], color=colour,
                   markersize=8, markeredgewidth=1.6, label=label)  # fmt: skip

@@ -9,7 +9,10 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from gpumove.environment.compare import Difference
+from gpumove.environment.compare import compare as graded
 from gpumove.format.manifest import Move
+from gpumove.parity.watch import told as watched
 from gpumove.report.history import History, Saved
 from gpumove.report.points import Point, joined
 
@@ -37,9 +40,9 @@ class Line:
         if told:
             return told
         return tuple(
-            Pace(b.step, (b.time - a.time) / (b.step - a.step))
-            for a, b in pairwise(sorted(self.saves, key=lambda s: s.entry))
-            if a.epoch == b.epoch and b.step > a.step and b.time > a.time
+            Pace(b.at.step, (b.at.time - a.at.time) / (b.at.step - a.at.step))
+            for a, b in pairwise(sorted(self.saves, key=lambda s: s.at.number))
+            if a.at.epoch == b.at.epoch and b.at.step > a.at.step and b.at.time > a.at.time
         )
 
     @property
@@ -57,17 +60,8 @@ class Line:
         """From the first commit of each life of the job to its last: what is known to have been paid for."""
         spans: dict[int, list[float]] = {}
         for save in self.saves:
-            spans.setdefault(save.epoch, []).append(save.time)
+            spans.setdefault(save.at.epoch, []).append(save.at.time)
         return sum(max(times) - min(times) for times in spans.values())
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A fact of the machines that is not the same on both sides."""
-
-    name: str
-    before: str
-    after: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,8 @@ class Comparison:
     cut: int | None
     move: Move | None
     """The newest word of the move between them."""
-    differences: tuple[Difference, ...]
+    differences: tuple[Difference, ...] | None
+    """Of the machines, worst first; None if one side has not told."""
 
 
 def compare(histories: Sequence[History]) -> Comparison:
@@ -91,15 +86,15 @@ def compare(histories: Sequence[History]) -> Comparison:
     move = _move(histories)
     if len(histories) == 1 and move is None:
         line = _line("this run", histories, lambda save: True)
-        return Comparison(tuple(histories), (line,), None, None, ())
+        return Comparison(tuple(histories), (line,), None, None, None)
     if len(histories) == 2 and move is None and histories[0].run != histories[1].run:
         lines = tuple(_line(label, [h], lambda save: True) for label, h in zip(("first run", "second run"), histories))
         return Comparison(tuple(histories), lines, None, None, _differences(histories, lines))
-    there = {save.manifest for save in histories[0].saves} if len(histories) == 2 else set()
+    there = {save.at.manifest for save in histories[0].saves} if len(histories) == 2 else set()
     since = _first_epoch(move)
-    after = _line("after the move", histories[-1:], lambda save: save.manifest not in there and save.epoch >= since)
-    trained = {save.manifest for save in after.saves}
-    before = _line("before the move", histories, lambda save: save.manifest not in trained)
+    after = _line("after the move", histories[-1:], lambda s: s.at.manifest not in there and s.at.epoch >= since)
+    trained = {save.at.manifest for save in after.saves}
+    before = _line("before the move", histories, lambda s: s.at.manifest not in trained)
     lines = (before, after)
     return Comparison(tuple(histories), lines, _cut(histories, move, before), move, _differences(histories, lines))
 
@@ -111,7 +106,7 @@ def _move(histories: Sequence[History]) -> Move | None:
     """
     last = histories[-1]
     source = histories[0].url if len(histories) == 2 else None
-    found = [m for m in last.moves if m.state in ("handover", "done") and source in (None, m.other)]
+    found = [m for m in last.moves if (m.state == "handover" or m.is_over) and source in (None, m.other)]
     if not found and source is not None:
         found = [m for m in histories[0].moves if m.state == "sealed" and m.other == last.url]
     return found[-1] if found else None
@@ -121,6 +116,8 @@ def _first_epoch(move: Move | None) -> int:
     """From which epoch on checkpoints at the run's last place were made there; 0 if that is not known."""
     if move is None or move.state == "sealed":
         return 0  # epochs of the source are not those of the target
+    if (watch := watched(move)) is not None and watch.epoch:
+        return watch.epoch
     return move.epoch + 1 if move.state == "handover" else move.epoch
 
 
@@ -128,9 +125,12 @@ def _cut(histories: Sequence[History], move: Move | None, before: Line) -> int |
     """The step that the run was handed over after: as either end says, else the last one that was copied."""
     if move is None:
         return None
-    said = [m for h in histories for m in h.moves if m.move == move.move and m.state in ("sealed", "handover")]
-    steps = [m.facts["step"] for m in said if isinstance(m.facts.get("step"), int)]
-    return steps[-1] if steps else max((save.step for save in before.saves), default=None)
+    said = [m for h in histories for m in h.moves if m.move == move.move]
+    steps = [
+        m.facts["step"] for m in said if m.state in ("sealed", "handover") and isinstance(m.facts.get("step"), int)
+    ]
+    steps = steps or [watch.handed for m in said if (watch := watched(m)) is not None]
+    return steps[-1] if steps else max((save.at.step for save in before.saves), default=None)
 
 
 def _line(label: str, histories: Sequence[History], own: Callable[[Saved], bool]) -> Line:
@@ -138,30 +138,22 @@ def _line(label: str, histories: Sequence[History], own: Callable[[Saved], bool]
     rows: list[Point] = []
     for history in histories:
         for save in history.saves:
-            if own(save) and save.manifest not in saves:
-                saves[save.manifest] = save
-                rows += history.points.get(save.manifest, ())
-    return Line(label, tuple(joined(rows)), tuple(sorted(saves.values(), key=lambda s: (s.time, s.entry))))
+            if own(save) and save.at.manifest not in saves:
+                saves[save.at.manifest] = save
+                rows += history.points.get(save.at.manifest, ())
+    return Line(label, tuple(joined(rows)), tuple(sorted(saves.values(), key=lambda s: (s.at.time, s.at.number))))
 
 
-def _differences(histories: Sequence[History], lines: Sequence[Line]) -> tuple[Difference, ...]:
-    """The newest fingerprints of both sides."""
-    both = []
-    for line in lines:
-        told = [h.fingerprints[s.manifest] for s in line.saves for h in histories if s.manifest in h.fingerprints]
-        both.append(_flat(told[-1]) if told else {})
-    before, after = both
-    if not before or not after:
-        return ()
-    names = sorted({name for name in before | after if before.get(name) != after.get(name)})
-    return tuple(Difference(name, before.get(name, "not there"), after.get(name, "not there")) for name in names)
+def _differences(histories: Sequence[History], lines: Sequence[Line]) -> tuple[Difference, ...] | None:
+    """Between the newest fingerprints of both sides; None if one has none."""
+    before, after = (fingerprint(histories, line) for line in lines)
+    return tuple(graded(before, after)) if before and after else None
 
 
-def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name} ")
-        else:
-            found[prefix + name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return found
+def fingerprint(histories: Sequence[History], line: Line) -> dict[str, Any]:
+    """Of the newest checkpoint of a side that has one, with what its entry says; empty if none has."""
+    for save in reversed(line.saves):
+        for history in histories:
+            if found := history.fingerprints.get(save.at.manifest):
+                return {"world_size": save.at.world_size, "state_bytes": save.at.state_bytes, **found}
+    return {}

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpumove.errors import IntegrityError
-from gpumove.format.manifest import Checkpoint, Claim, Collect, LogEntry, Manifest, Move, Note
+from gpumove.format.manifest import Checkpoint, Claim, Collect, LogEntry, Manifest, Move, Note, Took
+from gpumove.format.probes import Probe
 from gpumove.inspection.condition import explain
 from gpumove.inspection.run import VerifyReport
+from gpumove.parity.trace import number
 from gpumove.report.points import Point, points
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
@@ -24,7 +26,7 @@ _READERS = 16
 
 @dataclass(frozen=True)
 class Event:
-    """Something has happened. ``kind``: save, restore, start, notice, move, health or note."""
+    """Something has happened. ``kind``: save, restore, start, notice, move, health, parity or note."""
 
     time: float
     kind: str
@@ -36,23 +38,18 @@ class Event:
 class Saved:
     """One checkpoint that is still there."""
 
-    entry: int
-    step: int
-    time: float
-    epoch: int
-    world_size: int
-    state_bytes: int
-    new_bytes: int
-    pinned: bool
-    manifest: str
+    at: Checkpoint
+    """As the log has it."""
     sound: bool | None
     """None if nobody has looked."""
     condition: str
+    took: Took | None = None
+    """What the save has cost, if its manifest tells."""
 
     @property
     def ratio(self) -> float | None:
         """What was sent, over the state that it stands for."""
-        return self.new_bytes / self.state_bytes if self.state_bytes else None
+        return self.at.new_bytes / self.at.state_bytes if self.at.state_bytes else None
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,8 @@ class History:
     """By manifest: two stores of one run have common ones."""
     fingerprints: dict[str, dict[str, Any]]
     """By manifest."""
+    probes: dict[str, tuple[Probe, ...]]
+    """By manifest, where any were recorded."""
     moves: tuple[Move, ...]
     unknown: tuple[str, ...]
     """What cannot be told of this run, and why."""
@@ -93,17 +92,17 @@ def read_history(log: Log, checked: VerifyReport | None = None) -> History:
     entries = [entry for entry in left.values() if entry is not None and not isinstance(entry, Broken)]
     broken = [n for n, entry in left.items() if isinstance(entry, Broken)]
     manifests, lost = _manifests(log.store, view.checkpoints)
-    saves = tuple(_saved(c, lost.get(c.number), checked) for c in view.checkpoints)
+    saves = tuple(_saved(c, manifests.get(c.number), lost.get(c.number), checked) for c in view.checkpoints)
     events = [event for entry in entries if (event := _event(entry)) is not None]
     events += findings(manifests.values())
     events += [event for entry in _dropped_but_told(entries, view) if (event := _event(entry)) is not None]
+    named = {c.manifest: (c, manifests[c.number]) for c in view.checkpoints if c.number in manifests}
     return History(
         url=log.store.url, run=log.run, now=time.time(), host=view.host, condition=explain(view, log.store.url),
         events=tuple(sorted(events, key=lambda e: e.time)), saves=saves,
-        points={c.manifest: tuple(points(manifests[c.number].trace, epoch=c.epoch))
-                for c in view.checkpoints if c.number in manifests},
-        fingerprints={c.manifest: manifests[c.number].fingerprint for c in view.checkpoints if c.number in manifests},
-        moves=_moves(entries),
+        points={name: tuple(points(m.trace, epoch=c.epoch)) for name, (c, m) in named.items()},
+        fingerprints={name: m.fingerprint for name, (_, m) in named.items()},
+        probes={name: m.probes for name, (_, m) in named.items() if m.probes}, moves=_moves(entries),
         unknown=tuple(_unknown(view, entries, manifests, lost, broken)), deep=checked is not None and checked.deep,
     )  # fmt: skip
 
@@ -138,7 +137,7 @@ def _dropped_but_told(entries: Iterable[LogEntry], view: View) -> list[LogEntry]
     return [entry for entry in kept if entry.number not in told]
 
 
-def _saved(checkpoint: Checkpoint, lost: str | None, checked: VerifyReport | None) -> Saved:
+def _saved(checkpoint: Checkpoint, manifest: Manifest | None, lost: str | None, checked: VerifyReport | None) -> Saved:
     sound, condition = None, "not looked at"
     if lost is not None:
         sound, condition = False, lost
@@ -148,11 +147,7 @@ def _saved(checkpoint: Checkpoint, lost: str | None, checked: VerifyReport | Non
         condition = "damaged: " + (what[0] if what else "see gpumove verify") if sound is False else condition
         if sound:
             condition = "every byte was read" if checked.deep else "records were read, and all packs have their sizes"
-    return Saved(
-        entry=checkpoint.number, step=checkpoint.step, time=checkpoint.time, epoch=checkpoint.epoch,
-        world_size=checkpoint.world_size, state_bytes=checkpoint.state_bytes, new_bytes=checkpoint.new_bytes,
-        pinned=checkpoint.pinned, manifest=checkpoint.manifest, sound=sound, condition=condition,
-    )  # fmt: skip
+    return Saved(checkpoint, sound, condition, manifest.took if manifest else None)
 
 
 # -------------------------------------------------------------------- what happened
@@ -187,7 +182,8 @@ def findings(manifests: Iterable[Manifest]) -> list[Event]:
         for told in manifest.health:
             key = tuple(told.get(name) for name in ("kind", "step", "rank", "text"))
             text = f"{key[0]} at step {key[1]}: {key[3]}"
-            found.setdefault(key, Event(manifest.time, "health", text, key[1] if isinstance(key[1], int) else None))
+            kind = "parity" if key[0] == "parity" else "health"
+            found.setdefault(key, Event(manifest.time, kind, text, key[1] if isinstance(key[1], int) else None))
     return list(found.values())
 
 
@@ -198,6 +194,8 @@ def _unknown(
     lost: dict[int, str],
     broken: Sequence[int],
 ) -> list[str]:
+    rows = [row for manifest in manifests.values() for row in manifest.trace]
+    losses, times = (any(number(row, name) is not None for row in rows) for name in ("loss", "s"))
     said = []
     if entries and min(entry.number for entry in entries) > 1:
         said.append(f"what happened before log entry {min(e.number for e in entries)}: retention has removed it")
@@ -207,8 +205,8 @@ def _unknown(
         said.append(f"what the manifests of {count(len(lost), 'checkpoint')} said: they cannot be read")
     if not view.checkpoints:
         said.append("everything about the training: no checkpoint has been committed yet")
-    elif not any(m.trace for m in manifests.values()):
-        said.append("losses and step times: no loss was given to ckpt.step(step, loss=...)")
-    elif len(view.checkpoints) > 1 and not any(row[2:] for m in manifests.values() for row in m.trace):
+    elif not losses:
+        said.append(f"losses{'' if times else ' and step times'}: no loss was given to ckpt.step(step, loss=...)")
+    elif len(view.checkpoints) > 1 and not times:
         said.append("the times of single steps: the traces have losses only, so means between commits are shown")
     return said

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gpumove.errors import ConfigError
 from gpumove.inspection.run import open_run, verify
+from gpumove.parity.verdict import read_certificate
+from gpumove.report.bill import Rates, reckon
 from gpumove.report.compare import compare
 from gpumove.report.history import History, read_history
 from gpumove.report.page import page
@@ -16,7 +17,8 @@ def report(
     urls: Sequence[str],
     *,
     deep: bool = False,
-    hourly: Sequence[float] = (),
+    rates: Rates | None = None,
+    certificates: Sequence[str] = (),
     storage_options: Sequence[Mapping[str, Any]] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> str:
@@ -25,7 +27,8 @@ def report(
     Args:
         urls: one, or the source and the target.
         deep: read every byte to tell whether checkpoints are sound.
-        hourly: what the machines cost per hour: one price for all, or one for each side.
+        rates: what is known of prices.
+        certificates: files that ``gpumove certify`` has written.
         storage_options: for fsspec, as many as URLs.
         progress: told (bytes read, bytes to read) of packs, where all are read.
 
@@ -33,15 +36,15 @@ def report(
         HTML.
 
     Raises:
-        ConfigError: there is no run at a URL, or matplotlib is not installed.
+        ConfigError: there is no run at a URL, the rates do not fit, a certificate is none, or matplotlib is lacking.
         IntegrityError: a log has a hole.
         StoreError: a store failed.
     """
-    if len(hourly) > 2:
-        raise ConfigError(f"there are at most two sides, and {len(hourly)} prices were given")
+    known = [read_certificate(path) for path in certificates]
     options = [*storage_options, {}, {}]
     found = [_read(url, deep=deep, options=given, progress=progress) for url, given in zip(urls, options)]
-    return page(compare(found), hourly=hourly)
+    both = compare(found)
+    return page(both, reckon(both, rates or Rates()), known)
 
 
 def _read(url: str, *, deep: bool, options: Mapping[str, Any], progress: Callable[[int, int], None] | None) -> History:

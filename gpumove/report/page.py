@@ -4,32 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gpumove.parity.verdict import Certificate
+from gpumove.report.bill import Bill
 from gpumove.report.compare import Comparison
+from gpumove.report.cost import costs
 from gpumove.report.markup import Markup, tag
 from gpumove.report.sections import (
     checkpoints,
-    costs,
     losses,
     moves,
     paces,
-    parity,
     summary,
     timeline,
     unknowns,
 )
 from gpumove.report.style import CSS
+from gpumove.report.verdicts import parity, verdict
 from gpumove.version import __version__
 from gpumove.words import when
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
-def page(found: Comparison, *, hourly: Sequence[float] = ()) -> str:
+def page(found: Comparison, bill: Bill, certificates: Sequence[Certificate] = ()) -> str:
     """The whole document.
 
     Args:
         found: what is known.
-        hourly: what the machines of each run cost, in any currency; empty if nobody said.
+        bill: what it has cost.
+        certificates: of steps that were trained again.
 
     Raises:
         ConfigError: the charts cannot be drawn.
@@ -40,8 +43,8 @@ def page(found: Comparison, *, hourly: Sequence[float] = ()) -> str:
         ("pace", "Step time", paces(found)),
         ("checkpoints", "Checkpoints", checkpoints(found)),
         ("moves", "Moves", moves(found)),
-        ("parity", "Is it the same job?", parity(found)),
-        ("cost", "Cost so far", costs(found, hourly)),
+        ("parity", "Is it the same job?", parity(found, certificates)),
+        ("cost", "Cost so far", costs(bill)),
         ("unknown", "What is not known", unknowns(found)),
     ]
     names = " and ".join(history.url for history in found.histories)
@@ -51,7 +54,7 @@ def page(found: Comparison, *, hourly: Sequence[float] = ()) -> str:
         tag("nav", tag("ul", *links), aria_label="Sections"),
         tag(
             "main",
-            summary(found, hourly),
+            summary(found, bill, verdict(found, certificates)),
             *(
                 tag("section", tag("h2", title, id=name), *inside, aria_labelledby=name)
                 for name, title, inside in parts

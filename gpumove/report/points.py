@@ -1,14 +1,16 @@
 """What was recorded of each step, out of the traces of manifests. Pure: rows in, points out.
 
-A row is ``[step, loss]`` or ``[step, loss, facts]``; facts that are not there are unknown.
+What a row does not have is unknown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from gpumove.format.manifest import TraceRow
+from gpumove.parity.trace import number
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Point:
     grad_norm: float | None = None
 
 
-def points(trace: Iterable[Sequence[Any]], *, epoch: int) -> list[Point]:
+def points(trace: Iterable[TraceRow], *, epoch: int) -> list[Point]:
     """The steps that a manifest tells of, in its order.
 
     Args:
@@ -32,15 +34,13 @@ def points(trace: Iterable[Sequence[Any]], *, epoch: int) -> list[Point]:
     return [_point(row, epoch) for row in trace]
 
 
-def _point(row: Sequence[Any], epoch: int) -> Point:
-    facts: Mapping[str, Any] = row[2] if len(row) > 2 and isinstance(row[2], Mapping) else {}
-    return Point(int(row[0]), _finite(row[1]), epoch, _finite(facts.get("s")), _finite(facts.get("grad_norm")))
+def _point(row: TraceRow, epoch: int) -> Point:
+    return Point(row.step, row.loss, epoch, _finite(row, "s"), _finite(row, "grad_norm"))
 
 
-def _finite(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+def _finite(row: TraceRow, name: str) -> float | None:
+    value = number(row, name)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def joined(rows: Iterable[Point]) -> list[Point]:

@@ -8,36 +8,44 @@ from itertools import groupby, pairwise
 from statistics import median
 from typing import Any
 
+from gpumove.format.manifest import Took
+from gpumove.report.bill import Bill
 from gpumove.report.charts import Curve, bars, chart, curves, lanes
 from gpumove.report.compare import Comparison, Line
+from gpumove.report.cost import cost_so_far
 from gpumove.report.history import Event, Saved
 from gpumove.report.markup import Markup, tag
 from gpumove.report.tables import UNKNOWN, moment, table, tiles
 from gpumove.words import count, lasting, size, when
 
-_LANES = ("save", "start", "restore", "notice", "move", "health", "note")
+_LANES = ("save", "start", "restore", "notice", "move", "health", "parity", "note")
 _MOST_ROWS, _MOST_BARS, _MOST_GAPS = 500, 40, 5
+_EXPLAINED = (
+    "Sent is what a checkpoint added to the store; state is what it stands for. Stall is the training time that rank 0 "
+    "lost to it. After the time under Ready all of it was in the store; the commit followed. "
+)
 _UNITS = ((172800.0, 86400.0, "days"), (7200.0, 3600.0, "hours"), (120.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
 
 
-def summary(found: Comparison, hourly: Sequence[float]) -> Markup:
+def summary(found: Comparison, bill: Bill, verdict: tuple[str, str, str]) -> Markup:
     """The run at a glance."""
     saves = [save for line in found.lines for save in line.saves]
-    newest = max(saves, key=lambda s: (s.time, s.entry), default=None)
-    sent = sum(save.new_bytes for save in saves)
-    state = sum(save.state_bytes for save in saves)
+    newest = max(saves, key=lambda s: (s.at.time, s.at.number), default=None)
+    sent = sum(save.at.new_bytes for save in saves)
+    state = sum(save.at.state_bytes for save in saves)
     looked = [save.sound for save in saves]
-    cost = _cost(found, hourly)
     blackout = _blackout(found)
     return tiles([
-        ("Newest checkpoint", f"step {newest.step}" if newest else "none", moment(newest.time) if newest else ""),
+        ("Newest checkpoint", f"step {newest.at.step}" if newest else "none", moment(newest.at.time) if newest else ""),
         ("Checkpoints", str(len(saves)), _soundness(looked)),
         ("Sent to the store", size(sent) if saves else UNKNOWN,
          f"{sent / state:.1%} of the {size(state)} that they stand for" if state else ""),
         ("Last loss", _last_loss(found), ""),
         ("Blackout of the move", UNKNOWN if blackout is None else lasting(blackout),
          "" if found.move else "no move"),
-        ("Cost so far", UNKNOWN if cost is None else f"{cost:,.2f}", "" if hourly else "no prices were given"),
+        _stall(saves),
+        cost_so_far(bill),
+        verdict,
     ])  # fmt: skip
 
 
@@ -46,6 +54,14 @@ def _soundness(looked: Sequence[bool | None]) -> str:
     if bad:
         return f"{bad} damaged"
     return "not all were looked at" if None in looked else "all sound, as far as looked" if looked else ""
+
+
+def _stall(saves: Sequence[Saved]) -> tuple[str, str, str]:
+    known = [s.took.stall_s for s in saves if s.took is not None and s.took.stall_s is not None]
+    name = "Training stood still for a save"
+    if not known:
+        return name, UNKNOWN, ""
+    return name, lasting(median(known)), f"median of {len(known)}; {lasting(max(known))} at most"
 
 
 def _last_loss(found: Comparison) -> str:
@@ -160,30 +176,36 @@ def checkpoints(found: Comparison) -> list[Markup]:
     if not saves:
         return [tag("p", "None has been committed yet.", cls="unknown")]
     drawn = [save for _, save in saves][-_MOST_BARS:]
-    sent, state = sum(s.new_bytes for _, s in saves), sum(s.state_bytes for _, s in saves)
+    sent, state = sum(s.at.new_bytes for _, s in saves), sum(s.at.state_bytes for _, s in saves)
     of = "" if len(drawn) == len(saves) else f", the {_MOST_BARS} newest of {len(saves)} drawn"
     share = f", {sent / state:.1%} of {size(state)} of state" if state else ""
     told = f"{count(len(saves), 'checkpoint')}{of}: {size(sent)} were sent{share}."
     unit, name = next(u for u in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "bytes"))
-                      if max(s.state_bytes for s in drawn) >= u[0] or u[0] == 1)  # fmt: skip
-    heights = [("sent", [s.new_bytes / unit for s in drawn]), ("state", [s.state_bytes / unit for s in drawn])]
-    draw = partial(bars, groups=heights, names=[str(s.step) for s in drawn], x="checkpoint of step", y=name)
+                      if max(s.at.state_bytes for s in drawn) >= u[0] or u[0] == 1)  # fmt: skip
+    heights = [("sent", [s.at.new_bytes / unit for s in drawn]), ("state", [s.at.state_bytes / unit for s in drawn])]
+    draw = partial(bars, groups=heights, names=[str(s.at.step) for s in drawn], x="checkpoint of step", y=name)
     caption = "Checkpoints" if len(saves) <= _MOST_ROWS else f"The {_MOST_ROWS} newest checkpoints of {len(saves)}"
-    heads = ("Step", "Side", "Time", "Ranks", "State", "Sent", "Ratio", "Stall", "Verification")
+    heads = ("Step", "Side", "Time", "Ranks", "State", "Sent", "Ratio", "Stall", "Ready", "Verification")
     return [
         chart("checkpoints-bytes", "Bytes of each checkpoint", told, draw),
-        table(caption, heads, [_checkpoint(label, s) for label, s in saves[-_MOST_ROWS:]], right="rllrrrrrl"),
-        tag("p", f"Sent is what a checkpoint added to the store; state is what it stands for. {_say_sound(found)}"),
+        table(caption, heads, [_checkpoint(label, s) for label, s in saves[-_MOST_ROWS:]], right="rllrrrrrrl"),
+        tag("p", _EXPLAINED, _say_sound(found)),
     ]
 
 
 def _checkpoint(label: str, save: Saved) -> tuple[str, ...]:
     style = {True: "good", False: "bad", None: "unknown"}[save.sound]
-    words = ("sound" if save.sound else save.condition) + (", pinned" if save.pinned else "")
+    at, took = save.at, save.took or Took()
+    words = ("sound" if save.sound else save.condition) + (", pinned" if at.pinned else "")
     return (
-        str(save.step), label, moment(save.time), str(save.world_size), size(save.state_bytes), size(save.new_bytes),
-        UNKNOWN if save.ratio is None else f"{save.ratio:.1%}", UNKNOWN, tag("span", words, cls=style),
+        str(at.step), label, moment(at.time), str(at.world_size), size(at.state_bytes), size(at.new_bytes),
+        UNKNOWN if save.ratio is None else f"{save.ratio:.1%}", _lasting(took.stall_s), _lasting(took.ready_s),
+        tag("span", words, cls=style),
     )  # fmt: skip
+
+
+def _lasting(seconds: float | None) -> str:
+    return UNKNOWN if seconds is None else lasting(seconds)
 
 
 def _say_sound(found: Comparison) -> str:
@@ -229,57 +251,17 @@ def _fact(name: str, value: Any) -> tuple[str, str]:
     return words, f"{value:g}"
 
 
-def parity(found: Comparison) -> list[Markup]:
-    """The verdict, and what is not the same on both sides."""
-    said = [tag("p", "Verdict: ", UNKNOWN, ". No certificate is in the store.")]
-    if len(found.lines) < 2:
-        return said
-    if not found.differences:
-        return [*said, tag("p", "No difference between the machines is recorded, or one side has no checkpoint.")]
-    rows = [(d.name, d.before, d.after) for d in found.differences]
-    heads = ("Fact", *(line.label for line in found.lines))
-    return [*said, table("What is not the same on both sides", heads, rows)]
-
-
-def costs(found: Comparison, hourly: Sequence[float]) -> list[Markup]:
-    """Machine hours, and their price where one was given."""
-    prices = _prices(found, hourly)
-    rows = [
-        (line.label, lasting(line.trained_s), UNKNOWN if p is None else f"{p:,.2f}",
-         UNKNOWN if p is None else f"{p * line.trained_s / 3600:,.2f}")
-        for line, p in zip(found.lines, prices)
-    ]  # fmt: skip
-    heads = ("Side", "Time between commits", "Price per hour", "Cost")
-    words = (
-        "Time counts from the first to the last commit of each life of the job that is still in the store: what ran "
-        "before the first, or after the last, is not known. Egress and storage are not in it."
-    )
-    return [table("Cost so far", heads, rows, right="lrrr"), tag("p", words)]
-
-
-def _prices(found: Comparison, hourly: Sequence[float]) -> list[float | None]:
-    given: list[float | None] = [*hourly]
-    if len(given) == 1:
-        given *= len(found.lines)
-    return [*given, None, None][: len(found.lines)]
-
-
-def _cost(found: Comparison, hourly: Sequence[float]) -> float | None:
-    prices = _prices(found, hourly)
-    known = [p * line.trained_s / 3600 for line, p in zip(found.lines, prices) if p is not None]
-    return sum(known) if len(known) == len(found.lines) else None
-
-
 def unknowns(found: Comparison) -> list[Markup]:
     """What could not be told, so that nothing on the page looks more certain than it is."""
     said = [tag("li", tag("code", h.url), f": {text}.") for h in found.histories for text in h.unknown]
     if found.move is not None and found.cut is None:
         said.append(tag("li", "After which step the run was moved: give the URL that it came from too."))
     said += [tag("li", f"The losses of {text}: no manifest that is here has them.") for text in _gaps(found)]
-    said.append(tag("li", "How long training stood still for each save (stall): only the job's own metrics tell it."))
+    if silent := [save for line in found.lines for save in line.saves if save.took is None]:
+        said.append(tag("li", f"What {count(len(silent), 'save')} took: their manifests do not say."))
     if not all(history.deep for history in found.histories):
         said.append(tag("li", "Whether every byte of the packs is undamaged: --deep reads them."))
-    return [tag("ul", *said)]
+    return [tag("ul", *said) if said else tag("p", "Nothing of what this page is made of was missing.")]
 
 
 def _gaps(found: Comparison) -> list[str]:

@@ -110,8 +110,8 @@ class Watch:
 
 def _paces(view: View) -> tuple[float | None, float | None]:
     """Seconds between commits and of a step, by the newest commits of one life of the job."""
-    recent = sorted(view.checkpoints, key=lambda c: c.number)[-_RECENT:]
-    pairs = [(a, b) for a, b in pairwise(recent) if a.epoch == b.epoch == view.epoch and b.time > a.time]
+    recent = [c for c in sorted(view.checkpoints, key=lambda c: c.number)[-_RECENT:] if c.epoch == view.epoch]
+    pairs = [(a, b) for a, b in pairwise(recent) if b.step != a.step and b.time > a.time]
     if not pairs:
         return None, None
     steps = sum(max(0, b.step - a.step) for a, b in pairs)

@@ -98,6 +98,7 @@ class Job:
         self._world_bound = {"loader"} if loader is not None and not elastic else set()
         # The generators come last: loading another object may draw from them.
         self.stream = partial(_stream, loader)
+        self.loader = loader
         self._rng = [RngMember(self.stream)] if rng else []
         self.members: list[Member] = [
             *models,

@@ -22,6 +22,13 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return _LOCAL(tensor) if isinstance(tensor, DTensor) else tensor
 
 
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor | None:
+    """All of a tensor as this rank has it, without communication; None if others have a part in it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return _LOCAL(tensor) if all(p.is_replicate() for p in tensor.placements) else None
+
+
 def local_tensors(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """The same of many, without a call for each."""
     return [_LOCAL(t) if isinstance(t, DTensor) else t for t in tensors]

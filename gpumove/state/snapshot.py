@@ -46,6 +46,8 @@ class Snapshot:
         self.nbytes, self.serial = nbytes, serial
         self.fence_s = 0.0
         """Seconds that optimizer steps waited for this snapshot."""
+        self.sight_s = 0.0
+        """Seconds that its save waited to see the training thread."""
 
     def unchanged_since(self, serial: int | None) -> frozenset[int]:
         """Sources known to have the bytes that they had in an earlier snapshot: in the one before this, or nothing is
@@ -84,8 +86,10 @@ class Snapshot:
         Raises:
             ConfigError: the training code changed a source during the copy (code ``config.torn``).
         """
+        began = time.perf_counter()
         if not self._sighted.wait(timeout_s):
             self._compare()
+        self.sight_s = time.perf_counter() - began
         self._check_changed()
 
     def _check_changed(self) -> None:

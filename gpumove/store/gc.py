@@ -11,13 +11,16 @@ from gpumove.format import keys
 from gpumove.format.manifest import FORMAT, Checkpoint, Collect, LogEntry
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
+from gpumove.store.pointers import settled
 from gpumove.store.records import reachable
 from gpumove.store.view import View
+
+_BATCH = 1000
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest, pinned ones, and multiples of ``keep_every``."""
+    """Which checkpoints stay: the newest, pinned and published ones, and multiples of ``keep_every``."""
 
     keep_last: int | None = None
     keep_every: int | None = None
@@ -32,6 +35,7 @@ class Retention:
             for c in view.checkpoints
             if c.number in newest
             or c.pinned
+            or c.pointers
             or c.number == view.resumed
             or (self.keep_every and c.step % self.keep_every == 0 and c.number not in view.damaged)
         )
@@ -58,6 +62,7 @@ def plan(store: Store, view: View, retention: Retention, *, reach: Callable[[Che
         retention: what to keep.
         reach: the keys that a checkpoint needs; :func:`reachable`, or a cache of it.
     """
+    view = settled(store, view)
     kept = retention.kept(view)
     dropped = tuple(c for c in view.checkpoints if c not in kept)
     needed, unreadable = _needed(kept, reach)
@@ -118,8 +123,8 @@ def collect(log: Log, retention: Retention, *, reach: Callable[[Checkpoint], Ite
         )  # fmt: skip
 
     log.append(make)
-    _delete(store, made[-1].doomed)
-    _delete(store, _old_entries(store, below=firsts[-1]))
+    _delete(log, made[-1].doomed)
+    _delete(log, _old_entries(store, below=firsts[-1]))
     return made[-1]
 
 
@@ -129,15 +134,18 @@ def _old_entries(store: Store, *, below: int) -> list[str]:
     return [k for k in found if (n := keys.entry_number(k)) is not None and n < below]
 
 
-def _delete(store: Store, doomed: Iterable[str]) -> None:
-    """In order, manifests before parts before packs, so that nothing that stays refers to what is gone."""
-    batch: list[str] = []
-    room = ""
+def _delete(log: Log, doomed: Iterable[str]) -> None:
+    """In order, manifests before parts before packs, so that nothing that stays refers to what is gone.
+
+    Raises:
+        FencedError: the run is somebody else's meanwhile, who may have begun to use what looked dead.
+    """
+    batches: list[list[str]] = []
     for key in doomed:
-        if batch and (key.split("/")[0] != room or len(batch) >= 1000):
-            store.delete(batch)
-            batch = []
-        room = key.split("/")[0]
-        batch.append(key)
-    if batch:
-        store.delete(batch)
+        if not batches or key.split("/")[0] != batches[-1][0].split("/")[0] or len(batches[-1]) >= _BATCH:
+            batches.append([])
+        batches[-1].append(key)
+    for number, batch in enumerate(batches):
+        if number:  # just before the first one the log was written to
+            log.follow()
+        log.store.delete(batch)

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from gpumove.errors import ConfigError, FencedError, IntegrityError, ObjectNotFoundError, StoreError
@@ -27,6 +28,7 @@ from gpumove.format.manifest import (
     decode_checked,
     encode_checked,
 )
+from gpumove.store.beside import both
 from gpumove.store.objects import Store
 from gpumove.store.view import Broken, View, replay
 
@@ -164,24 +166,26 @@ class Log:
         view = self._read_once()
         return view.first <= number or any(c.number == number for c in view.checkpoints)
 
-    def _follow(self, number: int) -> None:
-        """Take in an entry of somebody else's."""
-        key = keys.entry_key(number)
-        try:
-            self.view = self.view.extended(self._decoded(key))
-        except IntegrityError as error:
-            self.view = self.view.extended(Broken(number, str(error)))
+    def _follow(self, number: int) -> bool:
+        """Take in an entry of somebody else's; whether it is there."""
+        if (found := self._entry(number, set())) is None:
+            return False
+        self.view = self.view.extended(found)
         self.check_owner()
+        return True
 
     def follow(self) -> None:
         """Take in the entries that came since."""
-        if not self.view.head:
+        if not (head := self.view.head):
             self.read()
-        elif self.store.exists(keys.entry_key(self.view.head)) is None:
+            return
+        last = partial(self.store.exists, keys.entry_key(head))
+        there, more = both(last, lambda: self._follow(head + 1), at_once=self.store.parallel)
+        if there is None:
             self.read()  # a gc passed by, and perhaps what lay between is gone with it
             self.check_owner()
-        while self.store.exists(keys.entry_key(self.view.head + 1)) is not None:
-            self._follow(self.view.head + 1)
+        while (more or there is None) and self._follow(self.view.head + 1):
+            more = True
 
     def check_owner(self) -> None:
         """Raise FencedError if this writer has claimed an epoch and a newer one is known, or may have been claimed."""

@@ -122,6 +122,10 @@ class View:
 def _pinned(checkpoint: Checkpoint, pin: Pin) -> Checkpoint:
     if checkpoint.number != pin.checkpoint:
         return checkpoint
+    if pin.pointer:
+        name = pin.pointer.rpartition("/")[0]
+        others = (m for m in checkpoint.pointers if m.rpartition("/")[0] != name)
+        return msgspec.structs.replace(checkpoint, pointers=(*others, pin.pointer))
     return msgspec.structs.replace(checkpoint, pinned=pin.pinned)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +13,17 @@ import pytest
 
 from gpumove import cli
 from gpumove.config import Config
-from gpumove.inspection import doctor
+from gpumove.environment.fingerprint import Environment
+from gpumove.estimates import probing
+from gpumove.inspection import doctor, fitness
 from gpumove.inspection.doctor import Check
 from gpumove.store.backends import MemoryBackend, ObjectInfo
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from tests.runs import flip, objects, train
 
-MACHINE = ["gpumove", "packages", "torch", "memory", "memlock", "disk", "settings"]
-STORE = ["address", "reach", "run", "create-only", "write", "rate"]
+MACHINE = ["gpumove", "packages", "torch", "memory", "memlock", "machine", "disk", "settings"]
+STORE = ["address", "reach", "run", "same job", "create-only", "write", "rate"]
 
 
 def look(url: str | None = None) -> dict[str, Check]:
@@ -74,6 +77,7 @@ def test_settings_that_cannot_be(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setenv("GPUMOVE_WORKERS", "many")
     code, found = first_failure("memory://doctor/x", capsys)
     assert (code, found["name"]) == (2, "settings")
+    assert look()["disk"].status == "ok", "the rest of the machine is looked at all the same"
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +132,7 @@ def test_a_machine_without_torch(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "packages", lambda: {"numpy": "1"})
+    monkeypatch.setattr(fitness, "packages", lambda: {"numpy": "1"})
     check = look()["packages"]
     assert (check.status, check.exit_code) == ("fail", 2)
     assert "zstandard" in check.found
@@ -138,8 +142,107 @@ def test_little_memory_and_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 10
 
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage())
-    monkeypatch.setattr(doctor, "_container_limit", lambda: 1 << 30)
+    monkeypatch.setattr(fitness.shutil, "disk_usage", lambda _: Usage())
+    monkeypatch.setattr(fitness, "_container_limit", lambda: 1 << 30)
     checks = look()
     assert (checks["disk"].status, checks["memory"].status) == ("warn", "warn")
     assert "limited to 1.0 GiB" in checks["memory"].found
+
+
+def test_the_folder_for_the_last_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GPUMOVE_PREDECESSOR_DIR", str(tmp_path))
+    assert f"free at {tmp_path}, takes" in look()["disk"].found
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(fitness, "_disk_rate", lambda _: 1e6)
+    assert look()["disk"].status == "warn"
+    monkeypatch.setenv("GPUMOVE_PREDECESSOR_DIR", str(tmp_path / "missing"))
+    assert (look()["disk"].status, look()["disk"].exit_code) == ("fail", 2)
+
+
+# -------------------------------------------------------------------- is it the same job?
+
+
+def elsewhere(run: Path, step: int, changes: dict[str, Any]) -> None:
+    """Train to this step as if on another machine; ``...`` is what its version does not record."""
+    whole = Environment.now
+
+    def now(self: Environment, **given: Any) -> dict[str, Any]:
+        return {name: value for name, value in {**whole(self, **given), **changes}.items() if value is not ...}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "now", now)
+        train(str(run), [step])
+
+
+def test_a_machine_like_that_of_the_run(tmp_path: Path) -> None:
+    train(str(tmp_path / "run"), [1])
+    check = look(str(tmp_path / "run"))["same job"]
+    assert (check.status, check.details) == ("ok", ())
+    assert check.found == "compared with where step 1 was saved: alike"
+
+
+def test_a_machine_unlike_that_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    elsewhere(run, 1, {"libc": "glibc 2.12"})
+    check = look(str(run))["same job"]
+    assert (check.status, check.exit_code) == ("warn", 0)
+    assert check.details[0].startswith("numerics: C library: glibc 2.12 -> ")
+    devices = [{"model": "X100", "count": 8, "memory_bytes": 1 << 36, "capability": "9.0", "multiprocessors": 132}]
+    elsewhere(run, 2, {"devices": devices, "peak": {"device_bytes": 1 << 35}})
+    assert cli.main(["doctor", str(run)]) == 2
+    said = capsys.readouterr().out
+    assert "FAIL same job    compared with where step 2 was saved: 1 difference by which it will not run" in said
+    assert "fatal: GPUs: 8 x X100 (64.0 GiB) -> none: the job has trained on GPUs, and torch finds none here" in said
+    assert "ok   rate" in said, "the store is looked at all the same"
+    code, found = first_failure(str(run), capsys)
+    assert (code, found["name"], found["facts"]["step"]) == (2, "same job", 2)
+    assert {"field", "before", "after", "grade", "why", "what_to_do"} == set(found["facts"]["differences"][0])
+
+
+def test_a_run_of_version_0_1(tmp_path: Path) -> None:
+    new = ("libc", "processor", "driver", "cuda", "hip", "cudnn", "nccl", "devices", "torch", "script", "variables")
+    more = ("peak", "world_size", "ranks_here", "interop_threads")
+    elsewhere(tmp_path / "run", 1, dict.fromkeys((*new, *more), ...))
+    check = look(str(tmp_path / "run"))["same job"]
+    assert check.status == "warn"
+    (told,) = check.details
+    assert told.startswith("unknown: what cannot be compared")
+    assert "processor, vector instructions, C library" in told
+
+
+def test_the_fingerprint_for_programs_and_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    checks = {c["name"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["machine"]["facts"]["processor"]["cores"] >= 1
+    assert "threads" not in checks["machine"]["facts"], "that is the job's to set"
+    assert cli.main(["doctor"]) == 0
+    assert re.search(r"ok   machine .*\n +python: 3.*\n +devices: ", capsys.readouterr().out)
+
+
+def test_bandwidth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(probing, "_OBJECT_BYTES", 100_000)
+    assert cli.main(["doctor", str(tmp_path / "new"), "--probe"]) == 0
+    assert "ok   bandwidth   64 MB go there at" in capsys.readouterr().out
+    assert Store.open(str(tmp_path / "new"), Config()).list("") == []
+    assert cli.main(["doctor", "--probe"]) == 0
+    assert "bandwidth" not in capsys.readouterr().out, "there is no store to measure"
+
+
+def test_a_store_that_cannot_be_reached_leaves_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPUMOVE_RETRY_S", "0.2")
+    monkeypatch.setenv("GPUMOVE_DEADLINE_S", "0.2")
+    options = ["--option", "endpoint_url=http://127.0.0.1:1", "--option", "key=a", "--option", "secret=b"]
+    assert cli.main(["doctor", "s3://nowhere/run", "--probe", *options]) == 10
+    said = capsys.readouterr().out
+    assert "ok   machine" in said
+    assert "FAIL reach" in said
+    assert "FAIL bandwidth" in said
+
+
+def test_a_store_that_does_not_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    harmed(monkeypatch, "page", lambda whole, self, *args: ([], None))
+    code, found = first_failure("memory://doctor/unlisted", capsys)
+    assert (code, found["name"]) == (10, "write")
+    assert "is not listed" in found["found"]

@@ -14,8 +14,15 @@ import gpumove
 from gpumove import cli
 from gpumove.errors import ConfigError
 from gpumove.estimates.against import against
+from gpumove.estimates.facts import Facts, Speed
 from gpumove.estimates.interval import Range
+from gpumove.estimates.outlook import Case
+from gpumove.estimates.places import place
+from gpumove.estimates.said import Said
+from gpumove.estimates.tables import our_gpus, read_prices
+from gpumove.estimates.transfer import Link as Way
 from gpumove.estimates.transfer import Transfer
+from tests.estimates.test_facts import silent_train
 from tests.runs import train
 from tests.servers import Bucket
 from tests.servers.link import Link
@@ -123,13 +130,13 @@ def test_without_a_run_and_without_numbers_nothing_is_known() -> None:
 
 
 def test_a_run_without_traces(tmp_path: Path, call: Any) -> None:
-    train(str(tmp_path / "run"), [1, 2, 3])
+    silent_train(tmp_path / "run", [1, 2, 3])
     code, out, err = call(tmp_path / "run", "--to", H100, "--remaining-steps", "1000", "--rate", "1Gbit/s")
     assert (code, err) == (0, "")
     assert "no trace has step times, so commits were counted" in out
     assert "what the run costs now: say where it trains (--from)" in out
     assert "its manifests name no device" in out
-    assert "nobody has measured leave and handover and restore" in out
+    assert "nobody has measured handover and restore" in out, "what a save takes is in the manifests"
 
 
 def test_one_checkpoint_only(tmp_path: Path, call: Any) -> None:
@@ -178,11 +185,6 @@ def test_a_probe_alone(tmp_path: Path, call: Any) -> None:
 
 
 def test_manifests_that_contradict_are_told() -> None:
-    from gpumove.estimates.facts import Facts
-    from gpumove.estimates.outlook import Case
-    from gpumove.estimates.places import place
-    from gpumove.estimates.said import Said
-    from gpumove.estimates.tables import our_gpus, read_prices
 
     prices, gpus = read_prices(), our_gpus()
     source = place(SAID["runs_at"], prices, gpus)
@@ -194,13 +196,6 @@ def test_manifests_that_contradict_are_told() -> None:
 def test_measured_step_times_win_over_the_table(tmp_path: Path) -> None:
     """A run that has trained on the target's GPUs before: what it measured there counts."""
     from dataclasses import replace
-
-    from gpumove.estimates.facts import Facts, Speed
-    from gpumove.estimates.outlook import Case
-    from gpumove.estimates.places import place
-    from gpumove.estimates.said import Said
-    from gpumove.estimates.tables import our_gpus, read_prices
-    from gpumove.estimates.transfer import Link as Way
 
     prices, gpus = read_prices(), our_gpus()
     here = Speed(Range.exact(2.0), 8, "NVIDIA A100-SXM4-80GB", "measured")
@@ -294,3 +289,14 @@ def test_a_real_copy_takes_what_was_foretold(s3_server: Bucket, tmp_path: Path) 
     first = outlook.transfer.first_s
     assert first is not None
     assert first.value == pytest.approx(done.seconds, rel=0.2)
+
+
+def test_the_peak_of_the_manifests_counts_unless_another_one_is_said() -> None:
+    prices, gpus = read_prices(), our_gpus()
+    source, target = (place(text, prices, gpus) for text in (SPOT, SAID["runs_at"]))
+    known = Facts(ranks=8, device="NVIDIA H200", peak_bytes=100e9, state_bytes=50e9)
+    answers = [
+        Case.of(known, said, source, prices, gpus, None).outlook(target, Way(None, "")).fit.answer
+        for said in (Said(), Said(peak_bytes=60e9))
+    ]
+    assert answers == ["no", "yes"]

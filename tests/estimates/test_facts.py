@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
+import gpumove
 from gpumove.config import Config
 from gpumove.estimates import facts
 from gpumove.estimates.facts import Facts, Speed, read_facts
 from gpumove.estimates.interval import Range
-from gpumove.format.manifest import FORMAT, Manifest
+from gpumove.format.manifest import FORMAT, Checkpoint, Manifest, Took, TraceRow
 from gpumove.inspection.run import open_run
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
-from gpumove.store.records import reachable
-from tests.runs import train
+from gpumove.store.records import reachable, read_manifest
+from tests.jobs import new_job
+from tests.runs import Shard, train, write_sharded
 
 
 def facts_of(url: Path) -> Facts:
@@ -49,10 +53,51 @@ def test_a_run(tmp_path: Path) -> None:
     assert found.delta_bytes == Range(sizes[0], sizes[1], sizes[2])
     gaps = sorted(b.time - a.time for a, b in pairwise(line))
     assert found.every_s == Range(gaps[0], gaps[1], gaps[2])
-    assert found.step_s == found.every_s  # a commit for each step
-    assert "commits were counted" in found.unknown["speeds"]
+    with open_run(str(tmp_path)) as log:
+        (row,) = read_manifest(log.store, line[-1]).trace
+    assert found.step_s == Range.exact(row.facts["s"])
+    assert "speeds" not in found.unknown
     assert found.full_bytes is not None
     assert found.full_bytes <= stored(tmp_path)
+
+
+def test_a_last_step_that_is_committed_once_more_is_no_commit_of_its_own(tmp_path: Path) -> None:
+    job = new_job()
+    with gpumove.Checkpointer(str(tmp_path), **job.parts(), every_s=None) as ckpt:
+        ckpt.restore()
+        for step in (3, 6, 9):
+            job.train(step - 3, step, ckpt)
+            ckpt.save(step).wait(60)
+        once = facts_of(tmp_path)
+        ckpt.save(9, pinned=True).wait(60)
+    again = facts_of(tmp_path)
+    assert once.every_s is not None
+    assert (again.every_s, again.step_s, again.unknown) == (once.every_s, once.step_s, {})
+    assert again.speeds[0].how == facts._TIMED
+    assert again.delta_bytes is not None
+    assert again.delta_bytes.low > 0.5 * again.delta_bytes.high
+
+
+def test_where_steps_were_not_timed_commits_are_counted(tmp_path: Path) -> None:
+    silent_train(tmp_path, [1, 2, 4])
+    found = facts_of(tmp_path)
+    with open_run(str(tmp_path)) as log:
+        a, b, c = log.read().checkpoints
+    each = sorted([b.time - a.time, (c.time - b.time) / 2])
+    assert found.step_s is not None
+    assert (found.step_s.low, found.step_s.high) == (each[0], each[1])
+    assert "commits were counted" in found.unknown["speeds"]
+
+
+def silent_train(url: Path, steps: Sequence[int]) -> None:
+    """A job that saves, and never tells of a step."""
+    job = new_job()
+    with gpumove.Checkpointer(str(url), **job.parts(), every_s=None) as ckpt:
+        done = ckpt.restore()
+        for step in steps:
+            job.train(done, step)
+            ckpt.save(step).wait(60)
+            done = step
 
 
 def test_what_a_first_copy_brings_is_all_that_the_newest_checkpoint_needs(tmp_path: Path) -> None:
@@ -114,12 +159,52 @@ def test_a_damaged_record_takes_its_own_number_only(tmp_path: Path) -> None:
 
 
 def test_what_a_job_has_told_a_move_is_known(tmp_path: Path) -> None:
-    train(str(tmp_path), [1, 2])
+    write_sharded(str(tmp_path), 1, [[Shard("w", torch.ones(4), (0,), (4,))]])  # its manifest does not tell
     assert facts_of(tmp_path).save_s is None
     with open_run(str(tmp_path)) as log:
         log.read()
         log.move("begin", move="0123456789abcdef", other="memory://there", facts={"job": {"save_s": 1.5}})
     assert facts_of(tmp_path).save_s == Range.exact(1.5)
+
+
+def test_what_saves_took_is_in_the_manifests(tmp_path: Path) -> None:
+    job = new_job()
+    with gpumove.Checkpointer(str(tmp_path), **job.parts(), every_s=None) as ckpt:
+        took = []
+        for step in range(1, 7):
+            job.train(step - 1, step)
+            handle = ckpt.save(step)
+            handle.wait(60)
+            took.append(handle.stats)
+    with open_run(str(tmp_path)) as log:
+        told = [read_manifest(log.store, c).took for c in log.read().checkpoints]
+    for stats, words in zip(took, told):
+        assert words is not None
+        known = (words.stall_s, words.staged_s, words.uploaded_s, words.ready_s)
+        assert known[:3] == tuple(round(s, 6) for s in (stats.stall_s, stats.staged_s or 0.0, stats.uploaded_s or 0.0))
+        assert (stats.uploaded_s or 9.0) <= (words.ready_s or 0.0) < (stats.committed_s or 0.0)
+    found = facts_of(tmp_path).save_s
+    assert found is not None
+    assert found.low <= max(s.committed_s or 0.0 for s in took[2:])
+    assert found.value == pytest.approx(sorted(s.committed_s or 0.0 for s in took[2:])[1], abs=0.2)
+
+
+def test_the_commit_is_reckoned_from_its_first_half_and_the_first_save_of_all_does_not_count() -> None:
+    line = [checkpoint(n, 100.0 * n) for n in range(1, 4)]
+    records = {1: manifest(time=90.0, took=Took(ready_s=50.0)), 2: manifest(time=199.5, took=Took(ready_s=4.0)),
+               3: manifest(time=301.0, took=Took(ready_s=6.0))}  # fmt: skip
+    read = lambda c: records.get(c.number)  # noqa: E731
+    assert facts._saved_s(line, line[0], read) == Range(4.5, 5.5, 6.0), "a clock that was set back adds nothing"
+    assert facts._saved_s(line[:1], line[0], read) == Range(60.0, 70.0, 80.0)
+    assert facts._saved_s(line[1:2], line[0], lambda c: None) is None
+    assert facts._saved_s(line[1:2], line[0], lambda c: manifest(took=Took(stall_s=1.0))) is None
+
+
+def checkpoint(number: int, at: float) -> Checkpoint:
+    return Checkpoint(
+        format=FORMAT, number=number, epoch=1, writer="w", time=at, step=number, attempt=f"{number}", manifest="m",
+        manifest_bytes=1, world_size=1, state_bytes=1, new_bytes=1,
+    )  # fmt: skip
 
 
 def manifest(**fields: object) -> Manifest:
@@ -132,9 +217,15 @@ def manifest(**fields: object) -> Manifest:
 
 def test_step_times_of_a_trace_are_measured_ones() -> None:
     rows = [(1, 0.5, {"s": 0.2}), (2, 0.4, {"s": 0.3}), (3, None, {"lr": 0.1}), (4, 0.3), (5, 0.2, {"s": 0.7})]
-    assert facts._timed(manifest(trace=tuple(rows))) == Range(0.2, 0.3, 0.7)
-    assert facts._timed(manifest(trace=((1, 0.5), (2, 0.4)))) is None
+    assert facts._timed(manifest(trace=tuple(TraceRow(*row) for row in rows))) == Range(0.2, 0.3, 0.7)
+    assert facts._timed(manifest(trace=(TraceRow(1, 0.5), TraceRow(2, 0.4)))) is None
     assert facts._timed(None) is None
+
+
+def test_the_peak_of_a_manifest() -> None:
+    assert facts._peak_of({"peak": {"device_bytes": 7, "host_bytes": 9}}) == 7.0
+    odd = ({}, {"peak": None}, {"peak": {}}, {"peak": {"device_bytes": 0}}, {"peak": {"device_bytes": "7"}})
+    assert [facts._peak_of(fingerprint) for fingerprint in odd] == [None] * 5
 
 
 @pytest.mark.parametrize(
@@ -146,4 +237,4 @@ def test_step_times_of_a_trace_are_measured_ones() -> None:
     ],
 )  # fmt: skip
 def test_the_device_of_a_manifest(fingerprint: dict[str, object], device: str | None) -> None:
-    assert facts._device_of(manifest(fingerprint=fingerprint)) == device
+    assert facts.device_of(fingerprint) == device

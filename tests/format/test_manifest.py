@@ -23,6 +23,7 @@ from gpumove.format.manifest import (
     PartRef,
     Pin,
     TensorEntry,
+    TraceRow,
     decode,
     decode_checked,
     encode,
@@ -73,7 +74,7 @@ def test_a_part_comes_back_equal() -> None:
 def test_a_manifest_comes_back_equal() -> None:
     manifest = Manifest(
         format=FORMAT, run="r", step=3, epoch=1, attempt="a", world_size=1, time=0.5, state_bytes=1, new_bytes=2,
-        plan="p", parts=(PartRef("k", 0, "d", 5, 2),), trace=((1, 0.5), (2, None)),
+        plan="p", parts=(PartRef("k", 0, "d", 5, 2),), trace=(TraceRow(1, 0.5), TraceRow(2)),
     )  # fmt: skip
     assert decode(Manifest, encode(manifest), key="k") == manifest
 

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from gpumove.report.bill import Rates
 from gpumove.report.making import report
 from tests.report.conftest import CUT, END, Moved
+from tests.report.test_bill import history
+from tests.report.test_verdicts import certificate, written
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -25,7 +28,11 @@ TOOLS = HERE.parent.parent / ".tools" / "browser"
 @pytest.fixture(scope="module")
 def page(moved: Moved, tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("page") / "report.html"
-    found.write_text(report([moved.source, moved.target], deep=True, hourly=[49.24, 19.71]))
+    run = history(moved.source).run
+    certificates = [written(found.with_name(f"{n}"), certificate(run, spoil=s)) for n, s in enumerate((1.0, 1.5))]
+    places = ("aws:us-east-1:p5.48xlarge", "gcp:us-central1:a3-highgpu-8g:spot")
+    rates = Rates((49.24, 19.71), places)
+    found.write_text(report([moved.source, moved.target], deep=True, rates=rates, certificates=certificates))
     return found
 
 

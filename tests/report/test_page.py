@@ -15,7 +15,7 @@ import torch
 import gpumove
 from gpumove.cli import main
 from gpumove.config import Config
-from gpumove.errors import ConfigError
+from gpumove.report.bill import Rates
 from gpumove.report.charts import thinned
 from gpumove.report.making import report
 from gpumove.report.style import CSS
@@ -60,7 +60,7 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def moved_page(moved: Moved) -> str:
-    return report([moved.source, moved.target], hourly=[36.0])
+    return report([moved.source, moved.target], rates=Rates((36.0,)))
 
 
 def test_what_it_says_of_a_moved_run(moved: Moved, moved_page: str) -> None:
@@ -147,11 +147,9 @@ def test_what_others_wrote_cannot_become_markup(tmp_path: Path) -> None:
 
 def test_prices(moved: Moved) -> None:
     assert "Cost so far unknown no prices were given" in Reader(report([moved.source, moved.target])).text
-    one, both = (Reader(report([moved.source, moved.target], hourly=p)).text for p in ([36e5], [36e5, 0.0]))
+    one, both = (Reader(report([moved.source, moved.target], rates=Rates(p))).text for p in ((36e5,), (36e5, 0.0)))
     cost = [float(re.search(r"Cost so far ([\d.,]+)", t)[1].replace(",", "")) for t in (one, both)]  # type: ignore[index]
     assert cost[0] > cost[1] > 0
-    with pytest.raises(ConfigError, match="3 prices"):
-        report([moved.source], hourly=[1, 2, 3])
 
 
 # -------------------------------------------------------------------- what is not known is said to be
@@ -205,7 +203,22 @@ def test_what_retention_has_removed_is_told_to_be_unknown(tmp_path: Path) -> Non
     assert "save step 100 was saved" in text
 
 
-def test_the_cut_is_known_although_retention_has_removed_the_handover(tmp_path: Path) -> None:
+def test_the_target_alone_knows_the_cut_as_long_as_the_job_compares_itself(tmp_path: Path) -> None:
+    moved = make_moved(tmp_path)
+    for until in (END + EVERY, END + 2 * EVERY):
+        assert main(["gc", moved.target, "--keep-last", "2", "--yes"]) == 0
+        train(moved.target, until)
+    states = [m["state"] for m in json.loads(_json(tmp_path / "there" / "log")) if m["kind"] == "move"]
+    assert set(states) == {"watched"}
+    text = Reader(report([moved.target])).text
+    assert f"The move is marked after step {CUT}" in text
+    assert f"after the move: {moved.losses[END - EVERY + 1]:.4g} at step {END - EVERY + 1}" in text
+
+
+def test_the_cut_is_known_although_retention_has_removed_the_handover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUMOVE_WATCH_STEPS", "0")
     moved = make_moved(tmp_path)
     for until in (END + EVERY, END + 2 * EVERY):
         assert main(["gc", moved.target, "--keep-last", "2", "--yes"]) == 0

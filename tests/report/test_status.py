@@ -38,7 +38,8 @@ def test_a_watch_sees_what_is_committed_since(tmp_path: Path) -> None:
         assert (first.step, first.loss_step, first.checkpoints, first.epoch) == (40, 40, 2, 1)
         assert first.loss == pytest.approx(losses[40])
         assert first.step_s is not None
-        assert first.every_s == pytest.approx(20 * first.step_s)
+        assert first.every_s is not None
+        assert 0 < first.step_s < first.every_s
         losses = train(str(tmp_path), 60)
         second = watch.look()
         assert (second.step, second.checkpoints, second.epoch) == (60, 3, 2)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import gpumove
 from gpumove.config import Config
-from gpumove.errors import IntegrityError
+from gpumove.errors import FencedError, IntegrityError
 from gpumove.format import keys
 from gpumove.store.gc import Retention, collect, plan
 from gpumove.store.log import Log
@@ -124,3 +125,25 @@ def test_old_entries_go_with_the_second_gc(log: Log) -> None:
     log.store.delete([keys.entry_key(n) for n in range(1, head + 1)])
     with pytest.raises(IntegrityError, match="hole"):
         log.read()
+
+
+def test_a_collector_that_has_lost_the_run_stops_deleting(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpumove.store.gc._BATCH", 1)
+    log.claim(resumed=log.view.checkpoints[-1].number)
+    doomed = plan(log.store, log.view, Retention(keep_last=1), reach=lambda c: reachable(log.store, c)).doomed
+    assert len(doomed) > 3
+    delete, gone = log.store.delete, []  # type: ignore[var-annotated]
+
+    def meanwhile(names: Sequence[str]) -> None:
+        delete(names)
+        gone.extend(names)
+        if len(gone) == 2:
+            other = Log(log.store)
+            other.read()
+            other.claim()
+
+    monkeypatch.setattr(log.store, "delete", meanwhile)
+    with pytest.raises(FencedError):
+        collect(log, Retention(keep_last=1))
+    assert gone == list(doomed[:2])
+    assert set(doomed[2:]) <= everything(log)

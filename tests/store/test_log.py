@@ -259,3 +259,57 @@ def test_claim_entries_carry_the_host(store: Store) -> None:
     claim = log.claim()
     assert isinstance(claim, Claim)
     assert new_log(store).view.host == claim.host
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_what_came_since_is_followed_whatever_a_gc_has_removed(store: Store, parallel: bool) -> None:
+    store._now().backend.parallel = parallel
+    owner, reader = new_log(store), new_log(store)
+
+    def known(log: Log) -> tuple[object, ...]:
+        return log.view.head, log.view.epoch, log.view.checkpoints
+
+    reader.follow()
+    assert reader.view.head == 0
+    owner.claim()
+    for step in range(1, 13):
+        commit(owner, step, step)
+        if step in (1, 4, 5, 12):
+            reader.follow()
+            assert known(reader) == known(owner)
+            reader.follow()
+            assert known(reader) == known(owner), "nothing new"
+        if step in (2, 8, 11):  # a reader that comes later finds its own newest entry gone, or not
+            collect(owner, Retention(keep_last=1))
+    fenced = owner
+    claimer = new_log(store)
+    claimer.claim()
+    with pytest.raises(FencedError):
+        fenced.follow()
+
+
+def test_where_calls_wait_for_a_network_both_questions_are_asked_at_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, reader = new_log(store), new_log(store)
+    owner.claim()
+    reader.follow()
+    exists, get, asked = store.exists, store.get, threading.Barrier(2, timeout=5)
+
+    def first(key: str) -> object:
+        asked.wait()
+        return exists(key)
+
+    def second(key: str) -> bytes:
+        if key == keys.entry_key(2):
+            asked.wait()
+        return get(key)
+
+    store._now().backend.parallel = True
+    monkeypatch.setattr(store, "exists", first)
+    monkeypatch.setattr(store, "get", second)
+    reader.follow()
+    assert reader.view.head == 1
+    commit(owner, 1, 1)
+    reader.follow()
+    assert reader.view.head == 2

@@ -1,0 +1,1 @@
+"""Named pointers to checkpoints: published, followed, and gated by the output probe."""
