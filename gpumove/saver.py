@@ -94,7 +94,8 @@ class Saver:
             probes = self.probes.take(probing, handle.trace)
             snapshot = self.stage(cut.layout, handle.trace)
             handle.watch(snapshot.sight)
-            trace, after = self.recorder.since(self.runner.committed_step), self.runner.committed_attempt
+            trace = self.recorder.since(self.runner.committed_step)
+            after = self.runner.committed_attempt if trace else ""
             self.recorder.cut()
             notes = self._health.notes()
             staged = Staged(handle, snapshot, cut, trace, after, began, pinned, seat, health=notes, probes=probes)

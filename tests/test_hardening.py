@@ -235,7 +235,7 @@ def test_a_failed_save_does_not_cost_the_next_one(url: str, monkeypatch: pytest.
     with gpumove.Checkpointer(url, **new_job().parts(), every_steps=10) as ckpt:
         ckpt.restore()
         with monkeypatch.context() as patched:
-            patched.setattr("gpumove.runner.commit", lambda *_: (_ for _ in ()).throw(OSError("injected")))
+            patched.setattr("gpumove.runner.commit", lambda *_, **__: (_ for _ in ()).throw(OSError("injected")))
             ckpt.step(10)
             assert ckpt.last is not None
             ckpt.last.join(30)

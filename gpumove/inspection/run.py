@@ -15,10 +15,11 @@ from gpumove.config import Config
 from gpumove.errors import ConfigError, IntegrityError
 from gpumove.format import keys
 from gpumove.format.manifest import Checkpoint
-from gpumove.format.pointer import Pointer
+from gpumove.format.pointer import Pointer, pointer_key
 from gpumove.inspection.survey import Progress, Survey
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
+from gpumove.store.pointers import numbers, read_pointer
 from gpumove.store.records import read_every_entry
 from gpumove.store.view import View
 
@@ -170,7 +171,7 @@ def verify(
             # Retention may have run meanwhile: what it dropped is gone, not damaged.
             live = {c.number for c in _read_log(log)[0].checkpoints}
             chosen = tuple(c for c in chosen if c.number in live)
-        damage += _damage(survey, chosen)
+        damage += _damage(survey, chosen) + _pointers(log)
     broken = set[int]().union(*(finding.entries for finding in survey.findings.values()))
     checked = tuple(Checked(c.number, c.step, c.number not in broken) for c in chosen)
     return VerifyReport(
@@ -219,6 +220,23 @@ def _read_log(log: Log) -> tuple[View, list[Damage]]:
     except IntegrityError as error:
         view, holes = _salvage(log.store)
         return view, [*_broken(view), *holes] or [Damage("log", str(error), error.code)]
+
+
+def _pointers(log: Log) -> list[Damage]:
+    """What is wrong with the names that others follow: a newest pointer that is damaged, or stands for what is gone."""
+    newest: dict[str, Pointer] = {}
+    found = []
+    for name, known in numbers(log.store).items():
+        try:
+            newest[name] = read_pointer(log.store, name, known[-1])
+        except IntegrityError as error:
+            found.append(Damage(pointer_key(name, known[-1]), str(error), error.code))
+    live = {c.attempt for c in _read_log(log)[0].checkpoints} if newest else set()  # as it is after they were read
+    return found + [
+        Damage(pointer.key, f"it stands for step {pointer.step}, which is not there", "integrity.missing")
+        for pointer in newest.values()
+        if pointer.step is not None and pointer.attempt not in live
+    ]
 
 
 def _broken(view: View) -> list[Damage]:

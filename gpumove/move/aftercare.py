@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from gpumove.errors import ParityError
 from gpumove.format.manifest import Move
 from gpumove.move.baggage import Baggage
 from gpumove.move.entries import Entries
@@ -18,6 +19,8 @@ _POLL_S = 1.0
 _LEAST_S, _UNKNOWN_S = 120.0, 600.0
 """Silence that says nothing yet; and where nobody knows how often a word is to be expected."""
 _GAPS, _STARTS = 5.0, 3
+_FOR_GOOD = ("finished", ParityError.__name__)
+"""Ends of a job that nobody starts again."""
 _LEAVE_S = 60.0
 """For a job to leave that has stopped, or left, because of what it found."""
 
@@ -121,12 +124,17 @@ class Aftercare:
             if move.state == "watched":
                 self._say(move.text)
             self._take(state)
-        if state.over or state.ended == "finished":
+        if state.over or state.ended in _FOR_GOOD:
             return True
         silent_s = now - self._heard_at
-        if silent_s > self._patience_s(state) and not self._findings:
-            self._find(f"nothing was heard of the job at the target for {silent_s:.0f} s, no commit and no word")
-        return False
+        if silent_s <= self._patience_s(state):
+            return False
+        text = f"nothing was heard of the job at the target for {silent_s:.0f} s, no commit and no word"
+        if self._findings:
+            self._say(text)
+        else:
+            self._find(text)
+        return True
 
     def _starts_over(self, state: Told) -> None:
         """Whether the job was started again, and whether that helps."""

@@ -216,17 +216,15 @@ class Mover:
 
     def _seal(self) -> None:
         """Copy what is lacking; then nobody is to write at the source any more."""
-        began, before = time.monotonic(), sum(r.nbytes for r in self.rounds.done)
+        began, before = time.monotonic(), self.rounds.sent_bytes
         newest, left = self._complete()
         facts = {
-            "step": newest.step,
-            "last_bytes": sum(r.nbytes for r in self.rounds.done) - before,
-            "sent_bytes": sum(r.nbytes for r in self.rounds.done),
-            "last_s": round(time.monotonic() - began, 3),
+            "step": newest.step, "last_s": round(time.monotonic() - began, 3),
+            "last_bytes": self.rounds.sent_bytes - before, "sent_bytes": self.rounds.sent_bytes,
             "stopped_at": left.facts.get("stopped_at"),
             "forecast_s": self._precopy.facts().get("forecast_s", left.facts.get("forecast_s")),
             **self._baggage.facts(newest),
-        }
+        }  # fmt: skip
         self._entries.enter("sealed", facts=facts, text=f"nothing is written here after step {newest.step}")
 
     def _hand_over(self) -> None:
@@ -316,6 +314,6 @@ class Mover:
         return Report(
             move=self._entries.id, source=self.ends.source, target=self.ends.target, phase=now.name.lower(), text=text,
             step=None if newest is None else newest.step, rounds=tuple(self.rounds.done),
-            sent_bytes=sum(r.nbytes for r in self.rounds.done), forecast_s=facts.get("forecast_s"),
+            sent_bytes=self.rounds.sent_bytes, forecast_s=facts.get("forecast_s"),
             blackout_s=facts.get("blackout_s"), events=tuple(self._entries.told),
         )  # fmt: skip

@@ -82,7 +82,8 @@ def move(
 
         def mover(here: Store, there: Store, allowed: Callable[[], object], wishes: Wishes = wishes) -> Mover:
             copier = Copier(here, there, in_flight=in_flight, budget_bytes=config.budget_bytes, limit_bytes_s=limit)
-            rounds, ends = Rounds(Replica(Log(here), Log(there), copier, region=to_region)), Ends(here.url, there.url)
+            replica, ends = Replica(Log(here), Log(there), copier, region=to_region), Ends(here.url, there.url)
+            rounds = Rounds(replica, spares=True)
             return Mover(ends, rounds, wishes, allowed=allowed, tell=tell, progress=progress)
 
         def take_back(wishes: Wishes) -> Report:

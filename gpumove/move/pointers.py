@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 
-from gpumove.errors import IntegrityError
+from gpumove.errors import GpumoveError, IntegrityError
 from gpumove.format.manifest import encode_checked
 from gpumove.format.pointer import Pointer
 from gpumove.store.log import Log
@@ -20,21 +21,39 @@ class Courier:
 
     def __init__(self, source: Log, target: Log) -> None:
         self._source, self._target = source, target
+        self._lock = threading.Lock()
         self._read: dict[tuple[str, int], Pointer | None] = {}
-        self._looked = -_EVERY_S
+        self._looked, self._sealed = -_EVERY_S, False
+        self._thread: threading.Thread | None = None
 
     def look(self) -> None:
-        """Now and then; always once the source writes no more."""
-        if self._source.view.sealed or time.monotonic() - self._looked >= _EVERY_S:
+        """Now and then, and once more when nothing can be published at the source: beside what is copied, since a move
+        waits for nothing that a job can do without."""
+        last = bool(self._source.view.sealed) and not self._sealed
+        due = time.monotonic() - self._looked >= _EVERY_S and not self._sealed
+        if (last or due) and not (self._thread is not None and self._thread.is_alive()):
+            self._sealed = last
+            self._thread = threading.Thread(target=self._bring_quietly, name="gpumove-pointers", daemon=True)
+            self._thread.start()
+
+    def _bring_quietly(self) -> None:
+        try:
             self.bring()
+        except GpumoveError as error:
+            _log.warning("pointers were not copied this time: %s", error)
 
     def bring(self) -> int:
         """Copy all that can be; how many."""
-        self._looked = time.monotonic()
+        with self._lock:
+            return self._bring()
+
+    def _bring(self) -> int:
         there = {c.attempt for c in self._target.view.checkpoints}
-        have = numbers(self._target.store) if there else {}
-        brought = 0
-        for name, known in numbers(self._source.store).items() if there else ():
+        if not there:
+            return 0
+        self._looked, brought = time.monotonic(), 0
+        have = numbers(self._target.store)
+        for name, known in numbers(self._source.store).items():
             for number in sorted(set(known) - set(have.get(name, ()))):
                 pointer = self._pointer(name, number)
                 if pointer is not None and (pointer.step is None or pointer.attempt in there):

@@ -7,7 +7,7 @@ import logging
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -140,9 +140,9 @@ class AsSource(Retention):
         )
 
 
-def as_source(source: Log) -> Retention:
-    """The retention that keeps what the source has now."""
-    return AsSource(attempts=frozenset(c.attempt for c in source.view.checkpoints))
+def as_source(source: Log, also: Iterable[str] = ()) -> Retention:
+    """The retention that keeps what the source has now, and these attempts."""
+    return AsSource(attempts=frozenset((*(c.attempt for c in source.view.checkpoints), *also)))
 
 
 @dataclass
@@ -153,6 +153,7 @@ class Rounds:
         replica: what is kept current.
         keep: retention at the target; by default nothing is dropped.
         as_source: what the source drops is dropped at the target.
+        spares: but only what was brought by these rounds.
         poll_s: between two looks at the source's log.
         stop: set it to end ``follow``; what is under way is then finished, unless the copier is cancelled too.
     """
@@ -160,16 +161,23 @@ class Rounds:
     replica: Replica
     keep: Retention | None = None
     as_source: bool = False
+    spares: bool = False
     poll_s: float = 1.0
     stop: threading.Event = field(default_factory=threading.Event)
     done: list[Round] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
     """Attempts that could not be brought because they are damaged at the source, and how."""
+    _brought: set[str] = field(default_factory=set)
     courier: Courier = field(init=False)
     """Brings pointers along."""
 
     def __post_init__(self) -> None:
         self.courier = Courier(self.replica.source, self.replica.target)
+
+    @property
+    def sent_bytes(self) -> int:
+        """By all of them."""
+        return sum(done.nbytes for done in self.done)
 
     def once(self, checkpoint: Checkpoint | None = None, *, progress: Progress | None = None) -> Round | None:
         """Bring one checkpoint: this one, or the newest that the target should resume from and lacks.
@@ -198,9 +206,16 @@ class Rounds:
         self.replica.source.follow()
         newer = sum(c.attempt > checkpoint.attempt for c in self.replica.source.view.checkpoints)
         self.done.append(Round(checkpoint.step, sent.nbytes, sent.objects, seconds, sent.seconds, newer))
-        if (keep := as_source(self.replica.source) if self.as_source else self.keep) is not None:
+        self._brought.add(checkpoint.attempt)
+        if (keep := self._keep()) is not None:
             self.replica.retain(keep)
         return self.done[-1]
+
+    def _keep(self) -> Retention | None:
+        if not self.as_source:
+            return self.keep
+        there = {c.attempt for c in self.replica.target.view.checkpoints} if self.spares else set()
+        return as_source(self.replica.source, there - self._brought)
 
     def follow(self, each: Callable[[Round, Forecast], None], *, progress: Progress | None = None) -> None:
         """Go on until ``stop`` is set or the source's run has moved away.

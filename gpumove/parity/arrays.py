@@ -14,6 +14,8 @@ from gpumove.parity.outputs import Array
 from gpumove.state.aside import whole
 from gpumove.state.values import dtype_name
 
+_MOST = 64
+
 
 def flatten(found: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """What a probe gave, by name: keys and places joined with dots. None is left out."""
@@ -25,6 +27,21 @@ def flatten(found: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{path}.{place}" if path else str(place))
     elif found is not None:
         yield path or "output", found
+
+
+def named(found: Any) -> dict[str, Any]:
+    """The same as a dict.
+
+    Raises:
+        ConfigError: there are none, too many for a manifest, or two of one name.
+    """
+    pairs = list(flatten(found))
+    if not 0 < len(pairs) <= _MOST:
+        raise ConfigError(f"it gave {len(pairs)} outputs: give from 1 to {_MOST} tensors")
+    outputs = dict(pairs)
+    if len(outputs) < len(pairs):
+        raise ConfigError("two of its outputs have one name: keys and places are joined with dots")
+    return outputs
 
 
 def to_array(value: Any, name: str = "output") -> Array:
@@ -50,4 +67,4 @@ def to_array(value: Any, name: str = "output") -> Array:
 
 def to_arrays(outputs: Any) -> dict[str, Array]:
     """All outputs: a tensor, an array, or a dict or tuple of them."""
-    return {name: to_array(value, name) for name, value in flatten(outputs)}
+    return {name: to_array(value, name) for name, value in named(outputs).items()}

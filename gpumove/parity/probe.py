@@ -20,7 +20,7 @@ import torch
 from gpumove.errors import ConfigError
 from gpumove.format.manifest import Manifest
 from gpumove.format.probes import Probe
-from gpumove.parity.arrays import flatten, to_array
+from gpumove.parity.arrays import named, to_array
 from gpumove.parity.outputs import DIFFERENT, Array, ProbeResult, compare, record
 from gpumove.state.aside import aside, whole
 from gpumove.state.capture import Job
@@ -128,7 +128,8 @@ class Probes:
         try:
             with self._busy(), aside(modules):
                 # Whole on every rank, since that takes all of them; to the host on the one that records.
-                found = {k: whole(v) if isinstance(v, torch.Tensor) else v for k, v in flatten(self._known[name].run())}
+                found = named(self._known[name].run())
+                found = {k: whole(v) if isinstance(v, torch.Tensor) else v for k, v in found.items()}
                 return {k: to_array(v, k) for k, v in found.items()} if self._peers.rank == 0 else {}
         except Exception as error:  # noqa: BLE001 - it is the user's function, and a probe never costs a checkpoint
             self._warn(f"the probe {name!r} failed and is left out: {type(error).__name__}: {error}")

@@ -29,6 +29,10 @@ Recorded = tuple[int, Any, float | None, Any, dict[str, Any] | None]
 """Step, loss, seconds, gradient norm, and facts that are taken of the first steps after a cut only."""
 
 
+Heard = tuple[int, Any, float | None, torch.cuda.Event | None]
+"""Step, loss, seconds, and when the loss can be read."""
+
+
 class Recorder:
     """At most ``_MOST`` steps, and as many of those that follow a cut: these are what a certificate is made of."""
 
@@ -45,8 +49,8 @@ class Recorder:
         self._closely: deque[Recorded] = deque(maxlen=_MOST)
         self._rows: deque[Recorded] = deque(maxlen=_MOST)
         self._left, self._position = 0, 0
-        self.heard: deque[tuple[int, Any, float | None]] | None = None
-        """Steps, losses and seconds for somebody else too, who takes them out again; None if nobody wants them."""
+        self.heard: deque[Heard] | None = None
+        """For somebody else too, who takes them out again; None if nobody wants them."""
         self.cut()
 
     def cut(self) -> None:
@@ -72,7 +76,7 @@ class Recorder:
         else:
             self._rows.append((step, loss, seconds, grad_norm, None))
         if (heard := self.heard) is not None:
-            heard.append((step, loss, seconds))
+            heard.append((step, loss, seconds, _ready(loss)))
 
     def _facts(self, samples: Any) -> dict[str, Any]:
         facts: dict[str, Any] = {}
@@ -103,6 +107,15 @@ class Recorder:
         self._closely.clear()
         self._rows.clear()
         self.cut()
+
+
+def _ready(loss: Any) -> torch.cuda.Event | None:
+    """When a value on a device is there: whoever reads it elsewhere is on another stream, and has to wait for that."""
+    if not isinstance(loss, torch.Tensor) or loss.device.type != "cuda":
+        return None
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(loss.device))
+    return event
 
 
 def _kept(what: str, value: torch.Tensor | float) -> torch.Tensor | float:

@@ -23,9 +23,12 @@ _ONSET = {"loss": 2e-6, "grad_norm": 1e-5}
 loss, and a gradient norm, in which rounding adds up."""
 _FLOOR = 0.01
 """Of the largest loss: differences of losses nearer to zero are relative to this, since they may cross it."""
-_STATE = ("samples", "rank_samples", "rng", "rng_device", "lr")
+NUMBERS = ("loss", "grad_norm")
+STATE = ("samples", "rank_samples", "lr")
 """Facts that are the same or are not: rounding does not touch them."""
-_ALL = (*_STATE, "loss", "grad_norm")
+DICE = ("rng", "rng_device")
+"""Likewise, but nothing need have drawn from them."""
+_ALL = (*STATE, *DICE, *NUMBERS)
 _BFLOAT16_BITS, _BFLOAT16_STEP = 8, 2.0**-7
 
 
@@ -88,10 +91,10 @@ class Table:
         """Whether nothing is known that could change how numbers are rounded."""
         return self.same_world and self.setting.same_devices is True and not self.setting.differences
 
-    def state(self) -> tuple[int, str] | None:
-        """The first step in which a fact that no rounding touches differs, and which."""
+    def first(self, facts: Sequence[str]) -> tuple[int, str] | None:
+        """The first step in which one of these differs, and which."""
         for step, names in self.differs.items():
-            if found := [name for name in _STATE if name in names]:
+            if found := [name for name in facts if name in names]:
                 return step, found[0]
         return None
 
@@ -103,20 +106,13 @@ class Table:
             return jump
         return None if over is None else (over, "loss")
 
-    def onset(self) -> tuple[int, str] | None:
-        """The first number that differs at all."""
-        for step, names in self.differs.items():
-            if found := [name for name in _ONSET if name in names]:
-                return step, found[0]
-        return None
-
     def _jump(self) -> tuple[int, str] | None:
         """The first difference, if bits could be expected up to there and it is no rounding.
 
         They can where the machine is the same, and gives the same bits every time or has just done so: a gradient norm
         that is equal in every bit was summed over every gradient.
         """
-        onset = self.onset()
+        onset = self.first(NUMBERS)
         if onset is None or not self.same_machine:
             return None
         earlier = [step for step in self.known if step < onset[0]]

@@ -13,7 +13,7 @@ import msgspec
 from gpumove.errors import ConfigError, ParityError
 from gpumove.format.manifest import TraceRow
 from gpumove.parity import causes
-from gpumove.parity.rows import Setting, Table, said
+from gpumove.parity.rows import DICE, NUMBERS, STATE, Setting, Table, said
 from gpumove.parity.trace import number
 
 Verdict = Literal["bitwise", "within tolerance", "different", "unknown"]
@@ -120,11 +120,12 @@ def _verdict(table: Table) -> tuple[Verdict, str, str, First | None]:
     """Verdict, cause, sentence, and the first difference that counts."""
     setting = table.setting
     few = _few(setting, len(table.pairs))
-    state, beyond, onset = table.state(), table.beyond(), table.onset()
-    # A learning rate is that after the step: what the same step's loss shows, it cannot have caused.
-    if state and not (beyond and (beyond[0] < state[0] or (beyond[0] == state[0] and state[1] == "lr"))):
-        step, fact = state
-        return DIFFERENT, causes.BY_FACT[fact], causes.of_fact(fact, step) + few, _first(table, *state)
+    dice, beyond, onset = table.first(DICE), table.beyond(), table.first(NUMBERS)
+    # Generators that stand elsewhere are a cause if numbers differ: a loader's iterator draws a seed, used or not.
+    facts = [fact for fact in (table.first(STATE), dice if beyond else None) if fact and _explains(fact, beyond)]
+    if facts:
+        step, fact = min(facts, key=lambda found: found[0])
+        return DIFFERENT, causes.BY_FACT[fact], causes.of_fact(fact, step) + few, _first(table, step, fact)
     if beyond is not None:
         step, fact = beyond
         earlier = [relative for at, relative in table.relative[fact].items() if at < step]
@@ -141,15 +142,29 @@ def _verdict(table: Table) -> tuple[Verdict, str, str, First | None]:
     if not numbers:
         return UNKNOWN, "", _nothing(table) + few, None
     span = f"{len(numbers)} step{'s' * (len(numbers) != 1)} ({numbers[0]} to {numbers[-1]})"
-    if onset is None:
+    first = dice or onset
+    if first is None:
         named = [causes.NAMES[n] for n in ("loss", "grad_norm", "samples", "rank_samples", "lr", "rng")
                  if any(n in known for known in table.known.values())]  # fmt: skip
         return BITWISE, "", f"{span} gave the same bits: {', '.join(named)}" + few, None
+    cause = causes.RNG if dice else causes.NUMERICS
+    why = f"in {span} {_within(table, onset)}"
+    if dice is not None:
+        why += f", but {causes.of_fact(dice[1], dice[0])}. What draws later will not be the same"
+    return WITHIN, cause, why + _machines(setting, cause) + few, _first(table, *first)
+
+
+def _within(table: Table, onset: tuple[int, str] | None) -> str:
+    if onset is None:
+        return "every loss has the same bits"
     worst = max(table.losses.values(), default=0.0)
-    why = f"in {span} no loss differs by more than {_percent(worst)}"
-    why += f"; {causes.NAMES[onset[1]]} differs from step {onset[0]} on"
-    coarse = "; losses are rounded to bfloat16, which hides smaller differences" if table.coarse else ""
-    return WITHIN, causes.NUMERICS, why + coarse + _machines(setting, causes.NUMERICS) + few, _first(table, *onset)
+    why = f"no loss differs by more than {_percent(worst)}; {causes.NAMES[onset[1]]} differs from step {onset[0]} on"
+    return why + ("; losses are rounded to bfloat16, which hides smaller differences" if table.coarse else "")
+
+
+def _explains(fact: tuple[int, str], beyond: tuple[int, str] | None) -> bool:
+    """Whether it came before the numbers. A learning rate is that after its step: it cannot have moved that loss."""
+    return beyond is None or fact[0] < beyond[0] or (fact[0] == beyond[0] and fact[1] != "lr")
 
 
 def _few(setting: Setting, compared: int) -> str:

@@ -15,14 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import torch
 
 from gpumove.config import Config
 from gpumove.environment.compare import of, same_devices
 from gpumove.environment.fingerprint import fingerprint
 from gpumove.errors import GpumoveError, ParityError, describe
-from gpumove.format.manifest import Checkpoint, Move
+from gpumove.format.manifest import Checkpoint
 from gpumove.health import Finding
-from gpumove.parity.recorder import Recorder
+from gpumove.parity.recorder import Heard, Recorder
 from gpumove.parity.watch import Found, Judge, Told, from_facts, in_text, told
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
@@ -33,7 +34,8 @@ _log = logging.getLogger("gpumove")
 _LOOK_S = 0.25
 _WORDS = 10
 """How often in all it is said how far the comparison is."""
-_FAREWELL_S = 2.0
+_FAREWELL_S = 0.5
+_MOST = 10_000
 
 
 class Watching:
@@ -76,7 +78,7 @@ class Watching:
                 "compared with where the run comes from", found.step, state.handed,
             )  # fmt: skip
             return
-        self._state, self._stop, heard = state, threading.Event(), deque[Any]()
+        self._state, self._stop, heard = state, threading.Event(), deque[Heard](maxlen=_MOST)
         self._recorder.heard = heard
         work = (self._stop, heard, log.store, found, world_size)
         self._thread = threading.Thread(target=self._run, args=work, name="gpumove-parity", daemon=True)
@@ -118,10 +120,10 @@ class Watching:
     def news(self) -> tuple[dict[str, Any], str] | None:
         """What is to be said in the log, as facts and in words; None if nothing new."""
         state = self._state
-        if state is None or state.step is None or self._mark(state) == self._said:
+        if state is None or (state.step is None and not state.ended) or self._mark(state) == self._said:
             return None
         found = "; ".join(str(f.get("text")) for f in state.findings) or "nothing was found"
-        far = f"{state.step - state.handed} of {state.steps} steps after the move: {found}"
+        far = f"{(state.step or state.handed) - state.handed} of {state.steps} steps after the move: {found}"
         ended = f"; the job ended: {state.ended}" if state.ended else ""
         return msgspec.to_builtins(state), far + ended
 
@@ -138,12 +140,14 @@ class Watching:
 
     @staticmethod
     def _mark(state: Told) -> tuple[int, int, bool, str]:
-        done = (state.step or 0) - state.handed
+        done = (state.step or state.handed) - state.handed
         return done * _WORDS // state.steps, len(state.findings), state.over, state.ended
 
     # ---------------------------------------------------------------- its own thread
 
-    def _run(self, stop: threading.Event, heard: deque[Any], store: Store, found: Checkpoint, world_size: int) -> None:
+    def _run(
+        self, stop: threading.Event, heard: deque[Heard], store: Store, found: Checkpoint, world_size: int
+    ) -> None:
         try:
             self._compare(stop, heard, self._judge(store, found, world_size))
         except Exception:  # noqa: BLE001 - whatever it is, it must not touch the training
@@ -160,15 +164,15 @@ class Watching:
         self._change(ratio=ratio)
         return Judge(from_facts(state.baseline), ratio)
 
-    def _compare(self, stop: threading.Event, heard: deque[Any], judge: Judge) -> None:
+    def _compare(self, stop: threading.Event, heard: deque[Heard], judge: Judge) -> None:
         if missing := judge.unjudged():
             _log.warning("after the move these cannot be compared with the source: %s", "; ".join(missing))
         ended = False
         while not ended:
             ended = stop.wait(_LOOK_S)
             while heard:
-                step, loss, seconds = heard.popleft()
-                if self._looked_at(step, judge, judge.add(step, _number(loss), seconds)):
+                step, loss, seconds, ready = heard.popleft()
+                if self._looked_at(step, judge, judge.add(step, _number(loss, ready), seconds)):
                     return
 
     def _looked_at(self, step: int, judge: Judge, found: list[Found]) -> bool:
@@ -228,9 +232,11 @@ def _same_ratio(store: Store, found: Checkpoint, world_size: int) -> float | Non
     return 1.0 if alike else None
 
 
-def _number(loss: Any) -> float | None:
+def _number(loss: Any, ready: torch.cuda.Event | None) -> float | None:
     """In this thread a device may be waited for."""
     try:
+        if ready is not None:
+            ready.synchronize()
         return None if loss is None else float(loss)
     except (TypeError, ValueError, RuntimeError):
         return None

@@ -223,8 +223,10 @@ def at_meetings(rank: int, url: str) -> dict[str, Any]:
 def test_without_a_shared_store_the_job_leaves_from_its_next_meeting(tmp_path: Path) -> None:
     first, second = run(at_meetings, 2, url_of(tmp_path))
     assert first == second
-    assert (first["left"], first["outcome"]) == (14, "durable: step 14")
-    assert gpumove.checkpoints(url_of(tmp_path))[-1].step == 14
+    left = first["left"]
+    assert 9 <= left <= 14, "at the next save at the latest"
+    assert first["outcome"] == f"durable: step {left}"
+    assert gpumove.checkpoints(url_of(tmp_path))[-1].step == left
 
 
 # ---------------------------------------------------------------- when there is not enough time

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,6 @@ def test_a_probe_alone(tmp_path: Path, call: Any) -> None:
 
 
 def test_manifests_that_contradict_are_told() -> None:
-
     prices, gpus = read_prices(), our_gpus()
     source = place(SAID["runs_at"], prices, gpus)
     for device, many in (("NVIDIA A100-SXM4-80GB", 1), ("NVIDIA H100 80GB HBM3", 0), (None, 0)):
@@ -195,8 +195,6 @@ def test_manifests_that_contradict_are_told() -> None:
 
 def test_measured_step_times_win_over_the_table(tmp_path: Path) -> None:
     """A run that has trained on the target's GPUs before: what it measured there counts."""
-    from dataclasses import replace
-
     prices, gpus = read_prices(), our_gpus()
     here = Speed(Range.exact(2.0), 8, "NVIDIA A100-SXM4-80GB", "measured")
     there = Speed(Range(0.9, 1.0, 1.2), 8, "NVIDIA H100 80GB HBM3", "measured")

@@ -72,7 +72,8 @@ class Stage:
 
     def commit(self) -> Checkpoint:
         """The source's job commits the next one."""
-        made = self._tape[len(self.steps(self.source))]
+        last = max(self.steps(self.source), default=0)
+        made = next(c for c in self._tape if c.step > last)
 
         def make(view: View, number: int) -> LogEntry:
             at = self._began + self._apart_s * made.step

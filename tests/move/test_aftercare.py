@@ -179,6 +179,14 @@ def test_silence_is_a_finding(stage: Stage) -> None:
     assert stage.claimable() == (True, False)
 
 
+@pytest.mark.parametrize("ended", ["ParityError", "ValueError"])
+def test_a_watch_that_only_warns_ends_with_a_job_that_has_stopped(stage: Stage, ended: str) -> None:
+    done = watched(stage, replace(WATCH, gone_after_s=1.0), {"step": 12, "findings": [LOSS], "ended": ended})
+    assert done.findings == ("step 12: the loss is 9",)
+    assert done.phase == "done"
+    assert stage.claimable() == (False, True)
+
+
 def test_a_job_that_is_started_again_and_again_is_a_finding(stage: Stage) -> None:
     arrive(stage)
     starts = [4]

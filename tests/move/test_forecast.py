@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gpumove.move.cutover import Rhythm, behind_s
+from tests.move.stage import Stage, tape
 
 _TICK_S = 0.005
 
@@ -68,6 +69,7 @@ class Trip:
 SECONDS = st.floats(0.05, 40.0)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     step_s=SECONDS, save_s=st.floats(0.05, 5.0), sight=st.floats(0.0, 0.5), delta_s=SECONDS, left=st.floats(0.0, 1.0),
     phase=st.floats(0.01, 0.99),
@@ -124,3 +126,29 @@ def test_clocks_that_differ_do_no_harm() -> None:
     rhythm = Rhythm(0.0, 2.0, 50.0, 0.5, 0.5, 2.0, 0.3)
     assert 50 < rhythm.stop <= 50 + 2.0 + 1.3
     assert behind_s(rhythm, 1e6, rate_bytes_s=1e6, delta_bytes=1e6, rest_s=0.2) < 5
+
+
+# -------------------------------------------------------------------- where it is decided
+
+
+@pytest.mark.parametrize(("apart_s", "behind"), [(100.0, 0.0), (1e-3, 9.0)])
+def test_the_mover_takes_the_rhythm_of_the_job_from_its_commits(apart_s: float, behind: float) -> None:
+    """Ten seconds of the link are lacking: with long steps they go over before the job has left."""
+    stage = Stage(tape(), apart_s=apart_s)
+    with stage.source.open() as here, stage.target.open() as there:
+        mover = stage.mover(here, there)
+        mover.look()
+        mover._begin()
+        mover.rounds.once()
+        mover._precopy.hear({"hold": True}, entry_s=0.01)  # no saves on the way
+        assert mover._precopy.next_step().step in ("cut", "wait", "usual")
+        parts = mover._precopy.facts()["forecast_parts"]
+        assert parts.keys() >= {"looks", "last_delta", "handover"}
+        assert "behind" not in parts, "nothing is lacking"
+        rate = mover._precopy._measured().rate_bytes_s
+        assert rate is not None
+        assert mover._precopy._behind_s(int(10 * rate)) == pytest.approx(behind, abs=0.5)
+        stage.commit()
+        mover._precopy.next_step()
+        assert "behind" not in mover._precopy.facts()["forecast_parts"], "a few bytes, and a second until it is heard"
+    stage.close()

@@ -68,7 +68,7 @@ def test_the_facts_travel_from_entry_to_entry(stage: Stage) -> None:
     told = {event.state: event.facts for event in stage.events}
     assert told["sealed"]["step"] == told["handover"]["step"] == 3
     assert told["sealed"]["stopped_at"] == told["handover"]["stopped_at"] == 1000.0
-    assert told["sealed"]["last_bytes"] > 0
+    assert told["sealed"]["sent_bytes"] >= told["sealed"]["last_bytes"] > 0
     assert [r["step"] for r in told["request"]["rounds"]] == [2]
     assert told["done"]["blackout_s"] == 1.5
 
@@ -352,11 +352,10 @@ def test_no_job_is_stopped_for_longer_than_allowed(recorded: Place, monkeypatch:
     stage.close()
 
 
-@pytest.mark.parametrize("limit", [None, 1e-9])
 def test_single_steps_that_the_link_does_not_keep_up_with_end_as_the_job_leaves(
-    recorded: Place, monkeypatch: pytest.MonkeyPatch, limit: float | None
+    recorded: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last difference is then one of a single step. Where the job goes on it saves as usual again."""
+    """The last difference is then one of a single step."""
     stage = Stage(recorded, apart_s=1e-5)
     monkeypatch.setattr("gpumove.move.machine._POLL_S", 0.01)
     monkeypatch.setattr("gpumove.move.precopy._COMMIT_S", 0.2)
@@ -367,14 +366,9 @@ def test_single_steps_that_the_link_does_not_keep_up_with_end_as_the_job_leaves(
             stage.commit()
 
     stage.hook = step_by_step
-    wishes = _wishes(every_step=True, max_blackout_s=limit)
-    if limit is None:
-        stage.move(wishes)
-    else:
-        with pytest.raises((ConfigError, StoreError)):
-            stage.move(wishes)
+    stage.move(_wishes(every_step=True))
     told = [(e.state, e.facts.get("every_step")) for e in stage.events if e.state in ("begin", "request")]
-    assert told == [("begin", None), ("begin", True), ("request", True) if limit is None else ("begin", False)]
+    assert told == [("begin", None), ("begin", True), ("request", True)]
     stage.close()
 
 
@@ -386,7 +380,7 @@ def test_what_the_source_drops_while_it_is_copied_is_dropped_at_the_target(
     had: list[list[int]] = []
 
     def drop(event: Event) -> None:
-        if event.state == "wait" and len(stage.steps(stage.source)) < TRAINED:
+        if event.state == "wait" and stage.steps(stage.source)[-1] < TRAINED:
             stage.commit()
             collect(stage.job, Retention(keep_last=2))
         if event.state == "round":

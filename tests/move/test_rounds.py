@@ -188,6 +188,20 @@ def test_a_real_job_is_followed_while_it_trains() -> None:
     assert seen[-1][1].blackout_s is not None
 
 
+def test_what_lay_there_before_these_rounds_is_not_dropped() -> None:
+    place, target = memory(), memory()
+    train(place, 1)
+    with place.open() as there, target.open() as here:
+        assert follower(there, here).once() is not None
+        rounds = follower(there, here)
+        rounds.as_source = rounds.spares = True
+        for step in (3, 5, 6):
+            train(place, step, keep_last=2)
+            assert rounds.once() is not None
+    assert place.steps() == [5, 6]
+    assert target.steps() == [1, 5, 6]
+
+
 def test_following_ends_when_the_run_has_moved_away_and_all_of_it_is_there() -> None:
     place, target = memory(), memory()
     truth = train(place, 3)

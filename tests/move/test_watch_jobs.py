@@ -13,7 +13,8 @@ from tests.move.test_move_jobs import Clouds
 from tests.servers import Bucket
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-STEPS, FIRST = 2000, 100
+STEPS, FIRST, FLAT = 2000, 100, 330
+"""Steps in all, those of before the move, and those until the loss does not fall steeply any more."""
 SETTINGS = {"GPUMOVE_KEEP_LAST": "20", "GPUMOVE_WATCH_STEPS": "80"}
 
 
@@ -26,10 +27,10 @@ def clouds(tmp_path: Path, s3_server: Bucket, gcs_server: Bucket) -> Iterator[Cl
 
 def both(clouds: Clouds, broken: str = "", ranks: int = 1, **settings: str) -> tuple[Job, Job]:
     """A job that trains here, and one that waits there, in which something is broken."""
-    common = {"ranks": ranks, "steps": STEPS, "pace_s": 0.03}
+    common = {"ranks": ranks, "steps": STEPS, "pace_s": 0.01}
     there = clouds.there(wait=True, broken=broken, settings={**SETTINGS, **settings}, **common)
     here = clouds.here(settings=SETTINGS, **common)
-    return clouds.training(here, FIRST), there
+    return clouds.training(here, FLAT if broken == "lr" else FIRST), there
 
 
 def view_there(clouds: Clouds) -> View:
@@ -93,7 +94,7 @@ def test_a_job_that_stops_ends_with_a_code_of_its_own(clouds: Clouds) -> None:
 
 
 def test_a_job_that_leaves_has_saved(clouds: Clouds) -> None:
-    here, there = both(clouds, "lr", ranks=2, GPUMOVE_ON_PARITY="leave")
+    here, there = both(clouds, "lr", GPUMOVE_ON_PARITY="leave")
     mover = clouds.move("--watch", "--gone-after", "5s")
     assert here.end()[0] == 77
     code, _ = there.end()

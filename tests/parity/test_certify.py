@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,35 @@ from gpumove.inspection.run import open_run
 from gpumove.parity import followed
 from gpumove.parity.followed import find_followed
 from gpumove.store import records
+from gpumove.store.objects import Store
 from tests.jobs import new_job
 from tests.parity.jobs import BROKEN, certify, contents, loop, train
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Steps 1 to 40, with checkpoints at 10, 20, 30 and 40."""
-    train(tmp_path / "run", 40)
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(folder, 40)
+    return folder
 
 
-def test_the_same_job_is_bitwise_and_nothing_is_written(run: Path) -> None:
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_the_same_job_is_bitwise_and_nothing_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(run)
-    found = certify(run)
+
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a certificate was about to write")
+
+    with monkeypatch.context() as patch:
+        for name in ("put", "create", "delete"):
+            patch.setattr(Store, name, refused)
+        found = certify(run)
     assert (found.verdict, found.cause) == ("bitwise", "")
     assert (found.setting.step, found.steps[0].step, found.steps[-1].step) == (20, 21, 40)
     assert found.setting.same_devices
@@ -134,7 +150,7 @@ def test_a_run_that_recorded_no_losses_is_unknown(tmp_path: Path) -> None:
         for step in (1, 2, 3, 4):
             ckpt.step(step)
             ckpt.save(step).wait()
-    assert certify(tmp_path, 2).cause == "rng", "nothing was trained, and nothing drawn"
+    assert certify(tmp_path, 2).cause == "scheduler", "nothing was trained, and no rate changed"
     parts = {k: v for k, v in new_job().parts().items() if k == "model"}
     with gpumove.Checkpointer(str(tmp_path), **parts, every_s=None, certify=2) as ckpt:
         step = ckpt.restore(strict=False)

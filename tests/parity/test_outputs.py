@@ -130,7 +130,16 @@ def test_numbers_arrays_and_what_is_refused() -> None:
     assert compared(0.25, np.float64(0.25)).verdict == "bitwise"
     assert compared({"ok": True, "n": 3}, {"ok": np.bool_(True), "n": np.int64(3)}).verdict == "bitwise"
     assert compared(np.arange(4, dtype=">f4"), torch.arange(4, dtype=torch.float32)).verdict == "bitwise"
-    for bad in ("text", {"cache": object()}, np.array(["a"]), torch.ones(2, 2).to_sparse()):
+    for bad in (
+        None,
+        [],
+        {"a": [1.0], "a.0": 2.0},
+        [1.0] * 65,
+        "text",
+        {"cache": object()},
+        np.array(["a"]),
+        torch.ones(2, 2).to_sparse(),
+    ):
         with pytest.raises(ConfigError, match="output"):
             to_arrays(bad)
 

@@ -59,7 +59,8 @@ def test_equal_bits_are_bitwise_and_the_evidence_is_named() -> None:
         (lambda s: {"samples": "x", "loss_is": 9.0}, "samples", 1, "samples"),
         (lambda s: {"rank_samples": "x", "loss_is": 9.0}, "samples", 1, "rank_samples"),
         (lambda s: {"rng": "x", "loss_is": 9.0}, "rng", 1, "rng"),
-        (lambda s: {"rng": "x"}, "rng", 1, "rng"),
+        (lambda s: {"rng": "x", "loss_is": 9.0 if s > 3 else 3.0 / s + 0.1}, "rng", 1, "rng"),
+        (lambda s: {"rng": "x" if s > 4 else f"r{s}", "loss_is": 9.0 if s > 1 else 3.1}, "optimizer", 2, "loss"),
         (lambda s: {"lr": 0.1 * s + 0.01} if s == 1 else {"lr": 0.2 * s, "loss_is": 8.0}, "scheduler", 1, "lr"),
         (lambda s: 1e-3, "model", 1, "loss"),
         (lambda s: 1e-5, "model", 1, "loss"),
@@ -81,6 +82,16 @@ def test_on_the_same_machine_the_first_difference_tells_the_cause(
     with pytest.raises(ParityError, match=r"u after step 0: different: ") as caught:
         found.check()
     assert caught.value.code == "parity.different"
+
+
+def test_generators_that_stand_elsewhere_are_no_other_job_as_long_as_no_number_shows_it() -> None:
+    found = certify(lambda s: {"rng": "x"} if s > 1 else None)
+    assert (found.verdict, found.cause, found.good) == ("within tolerance", "rng", True)
+    assert "every loss has the same bits, but the random generators differ from step 2 on" in found.why
+    assert found.first is not None
+    assert (found.first.step, found.first.fact) == (2, "rng")
+    found = certify(lambda s: {"rng_device": "y", "loss_is": (3.0 / s + 0.1) * (1 + 1e-6)}, GPU)
+    assert (found.verdict, found.cause) == ("within tolerance", "numerics"), "the run did not record it"
 
 
 def test_last_bits_are_within_tolerance_and_the_largest_is_named() -> None:

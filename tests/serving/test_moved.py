@@ -21,6 +21,9 @@ def test_the_last_save_has_the_probe_and_names_come_along(clouds: Clouds, refere
     clouds.training(here, 12)
     published = clouds.steps_here()[-1]
     gpumove.publish(clouds.source, published, "canary", storage_options=clouds.s3.options)
+    ends = {"from_options": clouds.s3.options, "to_options": clouds.gcs.options}
+    gpumove.replicate(clouds.source, clouds.target, step="all", **ends)  # a move brings the newest only
+    gpumove.publish(clouds.source, published, "other", storage_options=clouds.s3.options)
     assert clouds.move().end()["phase"] == "done"
     assert here.end()[0] == 77, here.log
     assert there.end()[0] == 0, there.log
@@ -30,8 +33,8 @@ def test_the_last_save_has_the_probe_and_names_come_along(clouds: Clouds, refere
         left = pick(log.read(), last, url=clouds.target)
         assert [probe.name for probe in read_manifest(log.store, left).probes] == ["probe"]
     assert "probes: {'probe': 'bitwise'}" in there.log, there.log
-    pointer = gpumove.resolve(clouds.target, "canary", storage_options=clouds.gcs.options)
-    assert pointer.step == published
+    for name in ("canary", "other"):
+        assert gpumove.resolve(clouds.target, name, storage_options=clouds.gcs.options).step == published
     promoted = gpumove.promote(clouds.target, "canary", "production", gate=False, storage_options=clouds.gcs.options)
     assert promoted.step == published
     with pytest.raises(gpumove.FencedError, match="was moved to"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ import torch
 from safetensors.torch import save_file
 
 import gpumove
+from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError, IntegrityError, ParityError
 from gpumove.format.manifest import FORMAT, Pin
 from gpumove.format.pointer import Pointer
 from gpumove.inspection.run import open_run, verify
+from gpumove.move.copier import Copier
+from gpumove.move.replica import Replica
+from gpumove.move.rounds import Rounds
 from gpumove.serving import following
 from gpumove.store.gc import Retention, collect
 from gpumove.store.log import Log
@@ -298,7 +304,12 @@ def test_a_pointer_that_cannot_be_read(url: str, how: str, tmp_path: Path) -> No
     )
     with pytest.raises(IntegrityError):
         gpumove.resolve(url, "canary")
-    assert gc(url) == [1, 2, 3, 4, 5], "what it needs is not known"
+    found = verify(url).damage
+    assert [(d.object, d.code) for d in found] == [(f"pointers/canary/{2:020d}.json", found[0].code)]
+    with open_run(url) as log:
+        log.read()
+        collect(log, ONE)
+    assert steps(url) == [1, 2, 3, 4, 5], "what it needs is not known"
     assert gpumove.publish(url, 4, "canary").previous is None
     assert gc(url) == [4, 5]
 
@@ -413,3 +424,28 @@ def make_more(url: str, until: int) -> None:
         step = ckpt.restore()
         job.train(step, until, ckpt)
         ckpt.save(until).wait(60)
+
+
+def test_rounds_bring_pointers_beside_what_they_copy(url: str, tmp_path: Path) -> None:
+    there = str(tmp_path / "there")
+    gpumove.publish(url, 5, "canary")
+    with open_run(url) as log, closing(Store.open(there, Config())) as target:
+        log.read()
+        rounds = Rounds(Replica(log, Log(target), Copier(log.store, target)))
+        assert rounds.once() is not None  # nothing was there to point at when it began
+        assert rounds.once() is None
+        wait_for(lambda: [p.mark for p in gpumove.pointers(there)] == ["canary/1"])
+        gpumove.publish(url, 5, "production")
+        rounds.once()  # not yet: it was looked just now
+        with open_run(url) as other:
+            other.read()
+            other.move("sealed", move="0" * 16, other="file:///elsewhere")
+        rounds.once()
+        wait_for(lambda: [p.mark for p in gpumove.pointers(there)] == ["canary/1", "production/1"])
+
+
+def wait_for(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
