@@ -9,23 +9,21 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import TracebackType
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from gpumove.config import Config
-from gpumove.errors import ConfigError, StoreError, describe, rebuild
+from gpumove.errors import ConfigError, StoreError
 from gpumove.format.manifest import Checkpoint
 from gpumove.from_env import where
 from gpumove.handle import SaveHandle
 from gpumove.health import Finding, Health
 from gpumove.leave.way_out import WayOut, request
-from gpumove.meeting import Chair, Told, Verdict
+from gpumove.meeting import Chair, Told
 from gpumove.notices.notice import Notice
 from gpumove.parity.outputs import ProbeResult
 from gpumove.parity.probe import Probes
@@ -33,9 +31,10 @@ from gpumove.parity.recorder import Recorder
 from gpumove.parity.replay import Replay
 from gpumove.parity.verdict import Certificate
 from gpumove.parity.watching import Watching
+from gpumove.rendezvous import Rendezvous
 from gpumove.runner import Runner
 from gpumove.saver import Saver
-from gpumove.staged import Cut, Seat
+from gpumove.staged import Seat
 from gpumove.state.capture import Job
 from gpumove.state.layout import Planner
 from gpumove.state.peers import Peers
@@ -115,7 +114,6 @@ class Checkpointer:
         self._watchdog = Watchdog(
             self._health, hang_s=self.config.hang_s, folder=self.config.trace_dir, saving=self._saver.running
         )
-        self._seat = Seat(self._peers.rank, self._peers.world_size, self.config.peer_s)
         self._takeover = Takeover(self._peers, self._job, self._log, self.config, self._saver, self._stager)
         self._way_out = WayOut(self.config, self._peers, self._saver, self._log)
         self._departure = self._way_out.departure
@@ -123,10 +121,14 @@ class Checkpointer:
         self._chair = Chair(self.config, time.monotonic(), self._health.hear, requests.asked, self._watching)
         requests.watching = self._watching
         self._chair.choose, self._probes.left_s = self._probes.choose, self._departure.left_s
+        seat = Seat(self._peers.rank, self._peers.world_size, self.config.peer_s)
+        self._rendezvous = Rendezvous(
+            self._peers, self._chair, self._saver, self._takeover, self._health, self._way_out, seat
+        )
         replay = Replay(self._peers, self._log, self.config, self._takeover, self._recorder)
         self._replay = replay if self.config.certify else None
         self._claimed, self._closed = False, False
-        self._next_meeting, self._step = 0, -(1 << 62)
+        self._step = -(1 << 62)
         self._failure: BaseException | None = None
         self._runner.settle_at_exit()
 
@@ -276,7 +278,7 @@ class Checkpointer:
         self._chair.cadence.last_step = self._runner.committed_step = self._step = found.step
         self._runner.committed_attempt = found.attempt
         self._departure.step = found.step
-        self._next_meeting = 0
+        self._rendezvous.next_step = 0
         self._recorder.clear()
         self._watching.begin(self._log, found, world_size=self._peers.world_size)
         _log.info("resumed from step %d of %s", found.step, self._store.url)
@@ -327,7 +329,7 @@ class Checkpointer:
         self._departure.step = step  # before the limit is looked at
         if step >= self._departure.limit and self._way_out.due(step):
             return True
-        if step >= self._next_meeting:
+        if step >= self._rendezvous.next_step:
             if self._replay is not None:
                 return self._replay.step(step)
             try:
@@ -376,41 +378,9 @@ class Checkpointer:
         self._step = step
 
     def _meet(self, step: int, *, force: bool, pinned: bool) -> Told | None:
-        """All ranks are here: learn what rank 0 decides, and do it."""
-        marks = [time.perf_counter()]
+        began = time.perf_counter()
         self._check_open()
-        capture, report = self._saver.look(step)
-        report.notice = self._departure.told()
-        marks.append(time.perf_counter())
-        self._peers.meet(f"the meeting at step {step}", most_s=self._departure.meet_s)
-        decide = partial(self._chair.decide, step, last=self._saver.last, force=force, now=time.monotonic())
-        answer = self._peers.ask(msgspec.msgpack.encode(report), lambda told: msgspec.msgpack.encode(decide(told)))
-        verdict = msgspec.msgpack.decode(answer, type=Verdict)
-        marks.append(time.perf_counter())
-        self._next_meeting = verdict.next_meeting
-        self._runner.writer.heed(verdict.thrift)
-        self._way_out.met(step)
-        self._health.met(step)
-        if isinstance(capture, Exception):
-            raise capture
-        if verdict.told and self._saver.last is not None:
-            self._saver.last.mark_seen()
-        if verdict.error is not None:
-            self._raise(verdict.error)
-        if verdict.replan:
-            self._planner.agree(capture)
-        layout = self._saver.lay_out(capture)
-        marks.append(time.perf_counter())
-        if not verdict.save:
-            if verdict.replan or self._takeover.resumed:
-                self._runner.prepare(layout.sources)
-            self._takeover.resumed = False
-            return verdict.notice
-        self._runner.settle(self._saver.last, abandon=True)
-        cut = Cut(capture, layout, self._planner.agreement())
-        more: dict[str, Any] = {"marks": marks, "pinned": pinned, "probing": verdict.probing}
-        self._saver.begin(step, verdict.serial, cut, self._seat, **more)
-        return verdict.notice
+        return self._rendezvous.meet(step, began=began, force=force, pinned=pinned)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -419,11 +389,6 @@ class Checkpointer:
             self._claim(None, only_if_new=True)
         if self._peers.rank == 0 and self._peers.world_size == 1:
             self._log.check_owner()  # with several ranks the commit says so, on all of them
-
-    def _raise(self, error: tuple[str, str, str]) -> None:
-        """The same error on all ranks; on rank 0 it is the original."""
-        original = None if self._saver.last is None else self._saver.last.error
-        raise original if original is not None and describe(original) == error else rebuild(error)
 
     # ---------------------------------------------------------------- end
 

@@ -101,7 +101,8 @@ def show_move(screen: Screen, done: Report) -> None:
     if done.rounds:
         screen.line(("sent    ", "bold"), f"{size(done.sent_bytes)} in {len(done.rounds)} rounds")
     if done.blackout_s is not None:
-        parts = next((e.facts.get("forecast_parts", {}) for e in done.events if e.state == "request"), {})
+        told = (event.facts for event in done.events if event.state == "request")
+        parts: dict[str, float] = next(told, {}).get("forecast_parts", {})
         rest = " and the restore" if parts and "restore" not in parts else ""
         foretold = "" if done.forecast_s is None else f"; {done.forecast_s:.1f} s{rest} were foretold"
         screen.line(("blackout ", "bold"), f"{done.blackout_s:.1f} s{foretold}")

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import codecs, steps
 from benchmarks.codec import peers, ratios
 from benchmarks.codec.regimes import BY_NAME, QUICK
 from benchmarks.codec.states import Family, Member, States
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as tiny as these are trained faster by one thread, above all where others want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_tiny_form_measures_sizes_and_speeds(tmp_path: Path) -> None:

@@ -81,10 +81,11 @@ def test_there_is_a_case_for_every_fault_and_every_verdict() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("options", [["--quick"], []], ids=["quick", "whole"])
 def test_parity_demo(tmp_path: Path, options: list[str]) -> None:
     command = [sys.executable, "-m", "examples.parity", f"--out={tmp_path}", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=880, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passed"] is True

@@ -182,14 +182,13 @@ def test_a_move_its_way_back_and_what_both_logs_say_hold_no_secret(
             job.train(ckpt.restore(), 2, ckpt)
             ckpt.save(2).wait(60)
         assert main(["move", here, "--to", there, *forth, *dead, "--json"]) == 0
-        for form in (["--json"], ["--debug"]):
-            assert main(["move", here, "--to", there, *forth, *form]) == 2  # it is under way
-            assert main(["move", here, "--to", f"{there}-x", *said_by(options, "--from-option"), *form]) in (2, 10)
-            wrong = [*said_by(bad_options, "--from-option"), *said_by(to_options, "--to-option")]
-            assert main(["move", here, "--to", there, *wrong, "--resume", "--no-wait", *form]) in (2, 10)
-            for url, given in ((here, options), (there, to_options)):
-                for verb in ("ls", "show", "doctor"):
-                    assert main([verb, url, *said_by(given), *form]) == 0
+        assert main(["move", here, "--to", there, *forth, "--json"]) == 2  # it is under way
+        assert main(["move", here, "--to", f"{there}-x", *said_by(options, "--from-option"), "--debug"]) in (2, 10)
+        wrong = [*said_by(bad_options, "--from-option"), *said_by(to_options, "--to-option")]
+        assert main(["move", here, "--to", there, *wrong, "--resume", "--no-wait", "--debug"]) in (2, 10)
+        for url, given in ((here, options), (there, to_options)):
+            for verb in ("ls", "show"):
+                assert main([verb, url, *said_by(given)]) == 0
         assert main(["move", here, "--to", there, *forth, *dead, "--rollback", "--debug"]) == 0
         assert "handover" in said()
     for where in ((here, options), (there, to_options)):

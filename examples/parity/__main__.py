@@ -98,7 +98,7 @@ class Laboratory:
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
     def _options(self, name: str, dropout: bool, other: Mapping[str, object]) -> list[str]:
-        given = {**self._sizes, **other, "dropout": 0.1 if dropout else 0.0}
+        given = {**self._sizes, **other, "dropout": 0.2 if dropout else 0.0}
         given["batch"] = int(given["batch"] * self._sizes["batch"]) if "batch" in other else given["batch"]
         places = {"url": self._out / PLAIN[dropout], "out": self._out / f"{name}.jsonl"}
         return [f"--{option}={value}" for option, value in {**given, **places}.items()]

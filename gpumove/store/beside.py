@@ -16,6 +16,9 @@ def both(one: Callable[[], T], other: Callable[[], U], *, at_once: bool) -> tupl
     if not at_once:
         return one(), other()
     with ThreadPoolExecutor(1, thread_name_prefix="gpumove-beside") as thread:
-        asked = thread.submit(copy_context().run, one)
+        try:
+            asked = thread.submit(copy_context().run, one)
+        except RuntimeError:  # the interpreter is on its way out, and takes no more work
+            return one(), other()
         found = other()
     return asked.result(), found

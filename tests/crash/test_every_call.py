@@ -91,14 +91,25 @@ def check(url: str, truth: dict[int, str], claims: list[int]) -> None:
     store.close()
 
 
+def copy(source: str, target: str) -> None:
+    """Everything that is there."""
+    with (
+        contextlib.closing(Store.open(source, CONFIG)) as there,
+        contextlib.closing(Store.open(target, CONFIG)) as here,
+    ):
+        for info in there.list(""):
+            here.put(info.key, there.get(info.key))
+
+
 def every_call(mode: Mode, first: int, truth: dict[int, str], new_url: Callable[[], str], stride: int = 1) -> int:
     """Crash a run that begins with ``first`` committed steps at each of its calls; how many there were."""
-    at = 0
+    at, begun = 0, new_url()
+    if first:
+        train(begun, Store.open(begun, CONFIG), first, [])
     while True:
         at += stride
         url = new_url()
-        if first:
-            train(url, Store.open(url, CONFIG), first, [])
+        copy(begun, url)
         faulty = FaultyStore(Store.open(url, CONFIG), at=at, mode=mode)
         claims: list[int] = []
         try:

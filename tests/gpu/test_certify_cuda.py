@@ -33,7 +33,7 @@ def steps(ckpt: gpumove.Checkpointer, model: nn.Module, optimizer: torch.optim.O
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        meets = step >= ckpt._next_meeting
+        meets = step >= ckpt._rendezvous.next_step
         torch.cuda.set_sync_debug_mode("default" if meets else "error")
         leaving = ckpt.step(step, loss=loss, grad_norm=norm)
         torch.cuda.set_sync_debug_mode("default")

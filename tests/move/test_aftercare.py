@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from gpumove.cli import main
 from gpumove.errors import ConfigError
 from gpumove.format.manifest import Move
 from gpumove.move import aftercare
 from gpumove.move.moving import move
 from gpumove.move.report import Event, Report, Wishes
 from gpumove.parity.watch import told
-from tests.move.runs import CONFIG, Place, read
+from tests.move.runs import CONFIG, Place, memory, read
 from tests.move.stage import WISHES, Stage, tape
 
 WATCH = replace(WISHES, watch="warn", gone_after_s=20.0)
@@ -333,3 +334,19 @@ def test_what_the_job_says_is_read_with_care() -> None:
 
 def said(**facts: Any) -> Move:
     return Move(format=1, number=1, epoch=1, writer="", time=0.0, move="", state="done", other="", facts=facts)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--on-parity", "rollback"], "are for a --watch"),
+        (["--gone-after", "5s"], "are for a --watch"),
+        (["--step-ratio", "0"], "--step-ratio takes a number"),
+        (["--step-ratio", "nan"], "--step-ratio takes a number"),
+        (["--watch", "--rollback"], "not watched"),
+        (["--discard"], "is for a way back"),
+    ],
+)
+def test_wrong_options_are_refused(options: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["move", memory().url, "--to", memory().url, *options]) == 2
+    assert why in capsys.readouterr().err

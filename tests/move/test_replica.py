@@ -495,7 +495,7 @@ def recorded() -> Place:
 
 
 def packs_of(place: Place, serial: int) -> set[str]:
-    return {key for key in place.keys() if key.startswith(f"packs/{keys.attempt_name(1, serial)}/")}
+    return {key for key in place.keys("packs") if key.startswith(f"packs/{keys.attempt_name(1, serial)}/")}
 
 
 def test_what_a_save_has_written_is_copied_before_it_is_committed(recorded: Place) -> None:
@@ -537,7 +537,7 @@ def test_a_save_that_is_damaged_or_never_committed_is_no_error_before_its_commit
         raw.delete([broken])
         raw.put(broken, bytes(data))
         assert not following.bring_early()
-        assert broken not in stage.target.keys()
+        assert broken not in stage.target.keys("packs")
         stage.commit()
         newest = following.look()
         assert newest is not None

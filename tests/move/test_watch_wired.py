@@ -74,7 +74,19 @@ def moved(source: Place) -> Place:
     target = memory()
     done = move(source.url, target.url, IDLE, config=CONFIG)
     assert done.phase == "handed", done
+    clocked(target, None)
     return target
+
+
+def clocked(place: Place, seconds: float | None, ratio: float | None = None) -> None:
+    """What steps took at the source is this: how long they really took is the machine's business, which is busy."""
+    with place.log() as log:
+        word = log.view.move
+        assert word is not None
+        assert set(word.facts["baseline"]) >= {"step", "loss", "seconds"}
+        usual = None if seconds is None else {"rows": 160, "level": seconds, "margins": [seconds / 5] * 2}
+        facts = {**word.facts, "baseline": {**word.facts["baseline"], "seconds": usual}, "step_ratio": ratio}
+        log.move("handover", move=word.move, other=word.other, facts=facts)
 
 
 def state(place: Place) -> Told:
@@ -115,11 +127,13 @@ def test_a_loss_that_has_risen_is_told(moved: Place) -> None:
 
 
 def test_steps_that_take_longer_are_told(moved: Place) -> None:
+    clocked(moved, 0.005)
     train(moved, BEFORE + STEPS, pause_s=0.02)
     assert [found["what"] for found in state(moved).findings] == ["time"]
 
 
 def test_steps_of_other_devices_are_not_judged(moved: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocked(moved, 0.005)
     monkeypatch.setattr("gpumove.parity.watching.same_devices", lambda before, after: False)
     train(moved, BEFORE + STEPS, pause_s=0.02)
     assert (state(moved).findings, state(moved).ratio) == ((), None)
@@ -127,9 +141,16 @@ def test_steps_of_other_devices_are_not_judged(moved: Place, monkeypatch: pytest
 
 def test_a_ratio_that_was_said_counts(source: Place) -> None:
     target = memory()
-    move(source.url, target.url, replace(IDLE, step_ratio=5.0), config=CONFIG)
+    move(source.url, target.url, replace(IDLE, step_ratio=50.0), config=CONFIG)
+    clocked(target, 0.005, ratio=state_of_handover(target)["step_ratio"])
     train(target, BEFORE + STEPS, pause_s=0.02)
-    assert (state(target).findings, state(target).ratio) == ((), 5.0)
+    assert (state(target).findings, state(target).ratio) == ((), 50.0)
+
+
+def state_of_handover(place: Place) -> dict[str, Any]:
+    with place.log() as log:
+        assert log.view.move is not None
+        return log.view.move.facts
 
 
 def broken(step: int) -> float:

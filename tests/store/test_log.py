@@ -313,3 +313,16 @@ def test_where_calls_wait_for_a_network_both_questions_are_asked_at_once(
     commit(owner, 1, 1)
     reader.follow()
     assert reader.view.head == 2
+
+
+def test_at_the_end_of_the_interpreter_one_is_asked_after_the_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, reader = new_log(store), new_log(store)
+    owner.claim()
+    reader.follow()
+    commit(owner, 1, 1)
+    store._now().backend.parallel = True
+    monkeypatch.setattr("concurrent.futures.thread._shutdown", True)
+    reader.follow()
+    assert reader.view.head == 2
