@@ -99,7 +99,9 @@ class Pace:
 
     def _needed(self, limit: float) -> int:
         """Blocks in a row that chance alone does not bring about."""
-        usual = sum(ratio > limit for ratio in self._calm) / len(self._calm)
+        seen = sum(ratio > limit for ratio in self._calm)
+        # Of blocks that differ much, that none was so slow so far says little.
+        usual = max(seen, 0.5 if limit > 1 + SLOWER else 0.0) / len(self._calm)
         return math.ceil(math.log(_CHANCE, min(usual, 0.5))) if usual else ROW
 
     def _follow(self, ratio: float, took: float) -> None:

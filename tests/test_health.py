@@ -41,7 +41,7 @@ def told(pace: Pace, step_s: float, noise: Noise, seed: int, steps: range) -> li
 
 @pytest.mark.parametrize("name", NOISES)
 @given(seed=st.integers(0, 1 << 30), step_s=st.sampled_from([0.02, 0.3, 4.0, 30.0]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, derandomize=True)  # chance can make a finding: docs/health.md says how often
 def test_noise_is_no_finding(name: str, seed: int, step_s: float) -> None:
     assert told(Pace(), step_s, NOISES[name], seed, range(12_000)) == []
 

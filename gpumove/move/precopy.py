@@ -30,8 +30,8 @@ _COMMIT_S = 600.0
 """A commit is waited for at least so long."""
 _WARM_S = 600.0
 """How long a job that waits at the target is given to read ahead what is there."""
-_LOOKS, _RECENT = 4, 5
-"""Looks at both logs from the last commit until the seal, and how many of them are measured."""
+_LOOKS, _RECENT = 7, 5
+"""Looks from the last commit until the seal, listings of early packs among them; and how many are measured."""
 _SINGLE_STEPS = 4
 """Commits of single steps after which it is known whether the link keeps up with them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -460,21 +461,23 @@ def test_a_store_that_fails_costs_only_the_request(store: Store, caplog: pytest.
 
 def test_what_a_save_takes_as_the_job_leaves_is_less_than_beside_long_steps() -> None:
     """Beside the training a save waits to see the training thread; as the job leaves it is there."""
-    model = torch.nn.Linear(512, 512)
+    model = torch.nn.Linear(2048, 2048)
     optimizer = torch.optim.AdamW(model.parameters())
     with gpumove.Checkpointer(memory().url, model=model, optimizer=optimizer, every_steps=1) as ckpt:
         ckpt.restore()
         for step in (1, 2):
-            model(torch.ones(1, 512)).sum().backward()
+            model(torch.ones(1, 2048)).sum().backward()
             optimizer.step()
             ckpt.step(step)
             time.sleep(1.2)
         assert ckpt.last is not None
         ckpt.last.wait(30)
         requests = ckpt._way_out.requests
-        assert ckpt._runner.sights[0] > 0.8
-        assert ckpt._runner.took[0] < 0.8
-        assert requests.save_s in ckpt._runner.took or requests.save_s == sum(ckpt._runner.took) / 2, "the median"
+        waited, took = list(ckpt._runner.sights), list(ckpt._runner.took)
+        assert max(waited) > 0.8
+        assert max(took) < 0.8
+        assert requests.save_s == statistics.median(took)
+        assert requests.sight_s == statistics.median(waited)
 
 
 # -------------------------------------------------------------------- exit codes

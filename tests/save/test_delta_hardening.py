@@ -32,7 +32,7 @@ def test_an_attempt_that_never_committed_is_no_predecessor_in_a_new_epoch(
     with gpumove.Checkpointer(url, **{**SETTINGS, **job.parts()}) as ckpt:
         ckpt.restore()
         with monkeypatch.context() as broken:
-            broken.setattr("gpumove.runner.commit", lambda *_: (_ for _ in ()).throw(StoreError("no commit")))
+            broken.setattr("gpumove.runner.commit", lambda *_, **__: (_ for _ in ()).throw(StoreError("no commit")))
             with pytest.raises(StoreError):
                 ckpt.save(1).wait(60)
         assert ckpt.restore() == 0
