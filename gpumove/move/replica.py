@@ -17,6 +17,7 @@ from gpumove.move.admission import check_target
 from gpumove.move.copier import Copier, Object, Progress, Sent
 from gpumove.move.needs import Needs
 from gpumove.move.regions import check_region
+from gpumove.store.beside import both
 from gpumove.store.gc import Plan, Retention, collect
 from gpumove.store.log import Log
 from gpumove.store.records import reachable
@@ -25,8 +26,6 @@ from gpumove.store.view import View
 _log = logging.getLogger("gpumove")
 _ROOMS = ("packs/", "parts/", "manifests/")
 """In the order of writing."""
-_AHEAD = 2
-"""Attempts after the newest commit that may be running: the last save, and the one before it."""
 
 
 class Replica:
@@ -165,10 +164,13 @@ class Replica:
         if self.target.epoch is None or self.target.epoch < epoch:
             return False
         have = self._known()
-        written = [info for attempt in self._running() for info in self.source.store.list(f"packs/{attempt}")]
+        store, (first, second) = self.source.store, self._running()
+        found = both(
+            lambda: store.list(f"packs/{first}"), lambda: store.list(f"packs/{second}"), at_once=store.parallel
+        )
         packs = [
             Object(info.key, info.nbytes, name)
-            for info in written
+            for info in (*found[0], *found[1])
             if (name := keys.pack_digest(info.key)) is not None and have.get(info.key) != info.nbytes
         ]
         try:
@@ -179,12 +181,12 @@ class Replica:
         self._early += sent
         return bool(packs)
 
-    def _running(self) -> list[str]:
-        """The names that the next attempts of the source's owner have."""
+    def _running(self) -> tuple[str, str]:
+        """The names of the attempts that may be running: the last save's, and that of the one before it."""
         view = self.source.view
         newest = max((c.attempt for c in view.checkpoints), default="")
         last = int(newest[9:]) if newest.startswith(keys.attempt_name(view.epoch, 0)[:9]) else 0
-        return [keys.attempt_name(view.epoch, last + ahead) for ahead in range(1, _AHEAD + 1)]
+        return keys.attempt_name(view.epoch, last + 1), keys.attempt_name(view.epoch, last + 2)
 
     def mend(self, checkpoint: Checkpoint, *, progress: Progress | None = None) -> Sent:
         """Send again what is missing or, with ``deep``, damaged of a checkpoint that the target has already.
