@@ -39,6 +39,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--state-mb", type=float, help="raw size (1000)")
     parser.add_argument("--mbit-s", type=float, help="rate of the link between the clouds (100)")
     parser.add_argument("--delay-s", type=float, default=0.025, help="its delay, one way (0.025)")
+    parser.add_argument("--estimate", action="store_true", help="compare with gpumove estimate instead of a stop")
     parser.add_argument("--quick", action="store_true", help="small states, one ratio: shows that all of it works")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"))
     found = parser.parse_args(arguments)
@@ -52,6 +53,9 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     """All of them, stop-copy-start of a state first."""
     found = []
     for state in options.states:
+        if options.estimate:  # which knows nothing of single steps
+            found += [Cell(state, ratio) for ratio in options.ratios]
+            continue
         found += [Cell(state, None)]
         found += [Cell(state, ratio, every_step=_STEP_SHARE[state] * ratio <= 0.9) for ratio in options.ratios]
     return found
@@ -84,6 +88,18 @@ def targets(done: Sequence[Cell]) -> Iterator[Verdict]:
         off = float("inf") if cell.forecast_s is None else cell.forecast_s / cell.blackout_s - 1
         words = f"the forecast was off by {100 * off:+.0f} %, target {100 * _FORECAST_LIMIT:.0f} %"
         yield Verdict(cell.state, name, words, abs(off) <= _FORECAST_LIMIT)
+
+
+def estimates(done: Sequence[Cell]) -> Iterator[Verdict]:
+    """What an estimate made before the move has to reach."""
+    for cell in done:
+        if not cell.estimated and not cell.bad:
+            yield Verdict(cell.state, f"R = {cell.ratio:g}", "no estimate", False)
+        for found in cell.estimated:
+            off, limit = found["off"], 100 * _FORECAST_LIMIT
+            said = "nothing was foretold" if off is None else f"foretold off by {100 * off:+.0f} %"
+            words = f"{found['name']}: {said}, target {limit:.0f} %"
+            yield Verdict(cell.state, f"R = {cell.ratio:g}", words, off is not None and abs(off) <= _FORECAST_LIMIT)
 
 
 def show(console: Console, options: argparse.Namespace, done: Sequence[Cell]) -> None:
@@ -126,12 +142,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done.append(runner.run(cell))
             console.print(f"{cell.state}, R = {cell.ratio}: {cell.blackout_s:.1f} s", highlight=False)
     show(console, options, done)
-    found = [] if options.quick else list(targets(done))
+    judge = estimates if options.estimate else targets
+    found = [] if options.quick else list(judge(done))
     outcome(console, found)
     content = {"machine": machine, "seconds": round(time.monotonic() - began, 1), "cells": [asdict(c) for c in done]}
     settings = {k: v for k, v in vars(options).items() if k != "out"}
     verdicts = [vars(verdict) for verdict in found]
-    file = "move_quick.json" if options.quick else "move.json"
+    kind = "_quick" if options.quick else "_estimate" if options.estimate else ""
+    file = f"move{kind}.json"
     write_json(options.out / file, {**content, "settings": settings, "verdicts": verdicts})
     return 1 if any(cell.bad for cell in done) or not all(v.met for v in found) else 0
 

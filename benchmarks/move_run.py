@@ -10,16 +10,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpumove
 from benchmarks.move_job import Task
+from gpumove.estimates.against import against
+from gpumove.estimates.transfer import Transfer
 
 _RAW = {"codec": "raw", "delta": False, "every_steps": None}
 _ROOM = {"predecessor_bytes": 1 << 40}
 """Whatever else the machine does: without the last state in memory there would be no differences."""
 _LOOK_S, _MOST_S, _FAREWELL_S = 0.05, 3600.0, 20.0
+_RESTORE_S = 1.0
+"""What an estimate is told of the restore at the target: nothing can have measured that before there is a target."""
 
 
 @dataclass
@@ -42,6 +47,8 @@ class Cell:
     steps_s: list[float] = field(default_factory=list)
     """Of every step at the source."""
     report: dict[str, Any] = field(default_factory=dict)
+    estimated: list[dict[str, Any]] = field(default_factory=list)
+    """By `gpumove estimate`, before the move began, against what was measured."""
     bad: list[str] = field(default_factory=list)
 
     @property
@@ -183,17 +190,32 @@ class Machine:
     def _move(self, cell: Cell, clouds: Clouds, processes: Processes, folder: Path) -> None:
         """`gpumove move`, run in the far cloud, where a job waits and reads ahead."""
         assert cell.ratio is not None
-        transfers = 1 if cell.every_step else 2
+        transfers = 1 if cell.every_step or self._options.estimate else 2
         usual: dict[str, Any] = {**_ROOM, "codec": "small", "every_steps": max(1, round(transfers * cell.ratio))}
         leaving = self._task(cell, folder, clouds.near, usual)
         arriving = self._task(cell, folder, clouds.far, {**usual, "wait": True})
         source, target = processes.job("leave", leaving), processes.job("wait", arriving)
         processes.until(lambda: source.all("saved") and source.all("step") and target.all("ready"))
+        foretold = self._estimate(usual["every_steps"], clouds, processes, source) if self._options.estimate else None
         words = ["move", leaving.url, "--to", arriving.url, "--json", *(["--every-step"] * cell.every_step)]
         command = [sys.executable, "-m", "gpumove", *words]
         processes.start("move", command, {**clouds.near_from_far.env, **clouds.far.env})
         processes.until(lambda: target.all("trained") and source.all("digest") and processes.ended("move"))
         account(cell, source, target, processes.answer("move"))
+        if foretold is not None:
+            cell.estimated = [asdict(c) for c in against(foretold, cell.report, blackout_s=cell.blackout_s)]
+
+    def _estimate(self, every: int, clouds: Clouds, processes: Processes, source: Lines) -> Transfer:
+        """`gpumove estimate` in the far cloud, once the run has committed four times."""
+        processes.until(lambda: len(source.all("step")) > 3 * every)
+        found = gpumove.estimate(
+            f"{clouds.near_from_far.url}/run",
+            storage_options=dict(clouds.near_from_far.options),
+            probe_url=f"{clouds.far.url}/run",
+            probe_options=dict(clouds.far.options),
+            restore_s=_RESTORE_S,
+        )
+        return found.outlooks[0].transfer
 
 
 def account(cell: Cell, source: Lines, target: Lines, report: dict[str, Any]) -> None:

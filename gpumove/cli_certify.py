@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,11 @@ def run_certify(args: Arguments, screen: Screen) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s gpumove certify: %(message)s")
     logging.getLogger("gpumove").setLevel(logging.INFO)
     options = storage_options(args)
+    if args.output is not None:
+        _check_place(Path(args.output))
     result = run(Job(url=args.url, torchrun=args.torchrun, config=config, options=options))
+    if result.certificate is None and result.notice is not None and result.notice.source == "sigint":
+        raise KeyboardInterrupt
     certificate = None if result.certificate is None else msgspec.json.decode(result.certificate, type=Certificate)
     if certificate is not None and args.output is not None:
         _write(Path(args.output), result.certificate or b"")
@@ -61,6 +66,12 @@ def run_certify(args: Arguments, screen: Screen) -> int:
     facts: dict[str, Any] = {"exit_code": code, "job": result.text, "certificate": certificate}
     screen.give(facts, lambda s: _show(s, certificate, result))
     return code
+
+
+def _check_place(path: Path) -> None:
+    """Before the job is started: a result that has nowhere to go is found out too late else."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: choose another place with --output")
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -71,10 +82,13 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _code(certificate: Certificate | None, result: Result) -> int:
-    if certificate is None:
-        failed = result.exit_code not in (FINISHED, DURABLE, NOT_DURABLE, ParityError.exit_code)
-        return result.exit_code if failed else UNKNOWN
-    return FINISHED if certificate.good else ParityError.exit_code if certificate.verdict == DIFFERENT else UNKNOWN
+    """A job that failed on the way is no good one, whatever the steps before have shown."""
+    if certificate is not None and certificate.verdict == DIFFERENT:
+        return ParityError.exit_code
+    complete = certificate is not None and len(certificate.steps) >= certificate.setting.recorded
+    if not complete and result.exit_code not in (FINISHED, DURABLE, NOT_DURABLE, ParityError.exit_code):
+        return result.exit_code
+    return FINISHED if certificate is not None and certificate.good else UNKNOWN
 
 
 def _show(screen: Screen, certificate: Certificate | None, result: Result) -> None:

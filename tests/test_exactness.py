@@ -187,6 +187,8 @@ def test_an_average_of_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stateful_data_loader(tmp_path: Path, workers: int) -> None:
+    running = []
+
     def make() -> Training:
         net = nn.Sequential(nn.Embedding(32, 8), nn.Flatten(), nn.Linear(48, 4))
         loader = StatefulDataLoader(dataset(48), batch_size=6, shuffle=True, num_workers=workers)
@@ -197,6 +199,7 @@ def test_a_stateful_data_loader(tmp_path: Path, workers: int) -> None:
                 yield from loader
 
         batches = forever()
+        running.append((batches, loader))
 
         def step() -> None:
             ids, _ = next(batches)
@@ -210,6 +213,9 @@ def test_a_stateful_data_loader(tmp_path: Path, workers: int) -> None:
         return job
 
     check(tmp_path, make, stop=11, until=20)
+    for batches, loader in running:  # workers whose iterator is left to the garbage collector take five seconds to end
+        batches.close()
+        loader._iterator = None
 
 
 def test_odd_parameters(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ class Copier:
         def one(item: Object) -> None:
             nonlocal sent
             try:
-                nbytes, name = self._copy_one(item)
+                with self.rate.moving(item.nbytes):
+                    nbytes, name = self._copy_one(item)
             except (ObjectNotFoundError, _ChangedError, ConfigError) as error:
                 if lost is None:
                     raise

@@ -40,7 +40,7 @@ class Rate:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._active_s, self._began = 0.0, 0.0
-        self._nbytes, self._busy = 0, 0
+        self._nbytes, self._busy, self._under_way = 0, 0, 0
         self._marks: deque[tuple[float, int]] = deque([(0.0, 0)])
         self._lock = threading.Lock()
 
@@ -56,6 +56,17 @@ class Rate:
             with self._lock:
                 self._mark(0)
                 self._busy -= 1
+
+    @contextlib.contextmanager
+    def moving(self, nbytes: int) -> Iterator[None]:
+        """An object of so many bytes is under way."""
+        with self._lock:
+            self._under_way += nbytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= nbytes
 
     def add(self, nbytes: int) -> None:
         """So much has arrived."""
@@ -76,3 +87,13 @@ class Rate:
         with self._lock:
             (begin, before), (end, after) = self._marks[0], self._marks[-1]
         return (after - before) / (end - begin) if end > begin and after > before else None
+
+    @property
+    def most_bytes_s(self) -> float | None:
+        """What it cannot be above: as if all that is under way had arrived. Objects that share a link arrive late, and
+        all at once. None as long as nothing was sent."""
+        with self._lock:
+            begin, before = self._marks[0]
+            now = self._active_s + (self._now() - self._began if self._busy else 0.0)
+            nbytes = self._nbytes + self._under_way - before
+        return nbytes / (now - begin) if now > begin and nbytes else None

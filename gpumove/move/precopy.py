@@ -108,11 +108,11 @@ class Precopy:
         return silent and now < self._since + self._hear_s
 
     def outpaced(self) -> bool:
-        """Whether commits come faster than they can be sent, as far as the first round can tell."""
-        found = self._measured()
-        if self._rounds.done or not found.rate_bytes_s or not found.every_s or not found.delta_bytes:
+        """Whether commits come faster than they can be sent, for sure, while the first round is under way."""
+        found, most_bytes_s = self._measured(), self._rounds.replica.copier.rate.most_bytes_s
+        if self._rounds.done or not most_bytes_s or not found.every_s or not found.delta_bytes:
             return False
-        return found.delta_bytes / found.rate_bytes_s > found.every_s
+        return found.delta_bytes / most_bytes_s > found.every_s
 
     def usual(self) -> None:
         """The job saves as usual again."""

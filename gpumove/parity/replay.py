@@ -82,10 +82,20 @@ class Replay:
 
     def _look(self, step: int | None, damaged: Sequence[int]) -> _Found:
         try:
+            self._check_place()
             self._followed = find_followed(self._book, self._config.certify, step=step, without=damaged)
         except GpumoveError as error:
             return _Found(error=describe(error))
         return _Found(self._followed.checkpoint, self._followed.rows[-1].step)
+
+    def _check_place(self) -> None:
+        """A script may name a URL by itself: then it is not the run that was asked about."""
+        asked, here = self._config.run_place()[0], self._book.store.url
+        if asked is not None and place(asked) != place(here):
+            raise ConfigError(
+                f"{place(asked).url} is to be certified, and the script opens {here}: let it take the URL from "
+                "Checkpointer.from_env, or from the variable GPUMOVE_URL"
+            )
 
     # ---------------------------------------------------------------- training
 

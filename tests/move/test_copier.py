@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -288,3 +289,24 @@ def test_the_rate_is_that_of_the_last_half_minute() -> None:
                 now[0] += 1.0
                 rate.add(nbytes)
         assert rate.bytes_s == pytest.approx(10, rel=0.1)
+
+
+def test_objects_that_share_a_link_do_not_make_it_look_slow() -> None:
+    """Four arrive one after the other, at the end of the time that all of them took."""
+    now = [0.0]
+    rate = Rate(lambda: now[0])
+    assert rate.most_bytes_s is None
+    with rate.running(), contextlib.ExitStack() as under_way:
+        for _ in range(4):
+            under_way.enter_context(rate.moving(100))
+        now[0] = 8.0
+        assert rate.bytes_s is None
+        assert rate.most_bytes_s == pytest.approx(50.0)
+        with rate.moving(100):
+            now[0] = 10.0
+            rate.add(100)
+        assert rate.bytes_s == pytest.approx(10.0), "four fifths of what was sent have not arrived"
+        assert rate.most_bytes_s == pytest.approx(50.0)
+    for _ in range(4):
+        rate.add(100)
+    assert rate.most_bytes_s == rate.bytes_s == pytest.approx(50.0)
