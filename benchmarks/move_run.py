@@ -206,16 +206,14 @@ class Machine:
             cell.estimated = [asdict(c) for c in against(foretold, cell.report, blackout_s=cell.blackout_s)]
 
     def _estimate(self, every: int, clouds: Clouds, processes: Processes, source: Lines) -> Transfer:
-        """`gpumove estimate` in the far cloud, once the run has committed four times."""
+        """`gpumove estimate` in the far cloud, once the run has committed four times: the link is measured first."""
         processes.until(lambda: len(source.all("step")) > 3 * every)
-        found = gpumove.estimate(
-            f"{clouds.near_from_far.url}/run",
-            storage_options=dict(clouds.near_from_far.options),
-            probe_url=f"{clouds.far.url}/run",
-            probe_options=dict(clouds.far.options),
-            restore_s=_RESTORE_S,
-        )
-        return found.outlooks[0].transfer
+        run, options = f"{clouds.near_from_far.url}/run", dict(clouds.near_from_far.options)
+        there = {"probe_url": f"{clouds.far.url}/run", "probe_options": dict(clouds.far.options)}
+        probed = gpumove.estimate(run, storage_options=options, **there).outlooks[0]
+        handover_s = probed.transfer.parts["handover"].value
+        said = {"rate_bytes_s": probed.rate_bytes_s, "handover_s": handover_s, "restore_s": _RESTORE_S}
+        return gpumove.estimate(run, storage_options=options, **said).outlooks[0].transfer
 
 
 def account(cell: Cell, source: Lines, target: Lines, report: dict[str, Any]) -> None:

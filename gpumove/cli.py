@@ -6,6 +6,7 @@ Exit codes are those of the error classes (``errors.py``), 130 when interrupted.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -67,6 +68,7 @@ def run_verify(args: Arguments, screen: Screen) -> int:
 
 def run_gc(args: Arguments, screen: Screen) -> int:
     """Drop old checkpoints and delete what nothing needs."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s gpumove gc: %(message)s")
     config = Config.from_env(**_retention(args))
     retention = Retention(config.keep_last, config.keep_every)
     with _opened(args) as log:
@@ -105,7 +107,8 @@ def run_pin(args: Arguments, screen: Screen) -> int:
             log.pin(checkpoint, pinned=not args.undo)
     facts = {"entry": checkpoint.number, "step": checkpoint.step, "pinned": not args.undo, "changed": changed}
     already = "" if changed else "already "
-    text = "not pinned: retention may drop it" if args.undo else "pinned: retention keeps it"
+    undone = "not pinned" if checkpoint.pointers else "not pinned: retention may drop it"
+    text = undone if args.undo else "pinned: retention keeps it"
     screen.give(facts, lambda s: s.line(f"step {checkpoint.step} (entry {checkpoint.number}) is {already}{text}"))
     return 0
 

@@ -20,6 +20,7 @@ from gpumove.job.outcome import DURABLE, FINISHED, NOT_DURABLE
 from gpumove.job.supervise import Job, Result, run
 from gpumove.parity.causes import NAMES
 from gpumove.parity.verdict import DIFFERENT, Certificate, Compared
+from gpumove.words import count
 
 Arguments = argparse.Namespace
 UNKNOWN = 51
@@ -94,12 +95,14 @@ def _code(certificate: Certificate | None, result: Result) -> int:
 def _show(screen: Screen, certificate: Certificate | None, result: Result) -> None:
     if certificate is None:
         why = result.text
-        if result.exit_code == FINISHED:
+        if result.notice is not None:
+            why = f"it was ended before anything was compared ({result.notice.source})"
+        elif result.exit_code == FINISHED:
             why = "the job ended without a word: its script has to use gpumove.Checkpointer, restore() and step()"
         screen.line(("unknown", "bold yellow"), f": {why}")
         return
     setting, steps = certificate.setting, certificate.steps
-    ranks = "{} ranks then, {} now".format(*setting.world_sizes)
+    ranks = f"{count(setting.world_sizes[0], 'rank')} then, {setting.world_sizes[1]} now"
     devices = {True: "the same devices", False: "other devices", None: "devices that are not known"}
     screen.line(("run        ", "bold"), f"{setting.run} at {setting.url}")
     screen.line(("checkpoint ", "bold"), f"step {setting.step} (entry {setting.entry}); {ranks}; "

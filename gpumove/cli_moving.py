@@ -49,6 +49,8 @@ def run_move(args: Arguments, screen: Screen) -> int:
         raise ConfigError("--slow is for the steps that --every-step asks a save after")
     if not args.watch and (args.on_parity or args.gone_after):
         raise ConfigError("--on-parity and --gone-after are for a --watch")
+    if args.watch and args.no_wait:
+        raise ConfigError("--watch stays until the job at DST has compared itself: leave out --no-wait")
     wishes = Wishes(
         max_blackout_s=None if args.max_blackout is None else seconds("--max-blackout", args.max_blackout),
         leave_timeout_s=seconds("--leave-timeout", args.leave_timeout),

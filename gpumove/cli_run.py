@@ -53,6 +53,8 @@ def _run(args: Arguments, screen: Screen, options: Mapping[str, Any]) -> NoRetur
         raise ConfigError(f"--max-restarts takes a whole number of at least 0, not {args.max_restarts}")
     given = {"grace_s": args.grace, "notices": args.notice, "wait": args.wait or None}
     config = Config.from_env(settings(), **{name: value for name, value in given.items() if value is not None})
+    if config.certify:
+        raise ConfigError("GPUMOVE_CERTIFY is set, so the job would save nothing: unset it, or use gpumove certify")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s gpumove run: %(message)s")
     logging.getLogger("gpumove").setLevel(logging.INFO)
     result = run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ def run_demote(args: Arguments, screen: Screen) -> int:
 
 def run_pointers(args: Arguments, screen: Screen) -> int:
     """What each name stands for, or all that one has stood for."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s gpumove pointers: %(message)s")
     found = pointers(args.url, args.name, storage_options=storage_options(args))
     screen.give({"pointers": found}, lambda s: _show(s, found))
     return 0

@@ -245,7 +245,7 @@ def show_gc(screen: Screen, plan: Plan, *, done: bool) -> None:
 
 
 def _say_steps(found: Sequence[Checkpoint]) -> str:
-    steps = ", ".join(str(c.step) + (" (pinned)" if c.pinned else "") for c in found)
+    steps = ", ".join(f"{c.step}{' (pinned)' if c.pinned else ' (published)' if c.pointers else ''}" for c in found)
     return f"{count(len(found), 'checkpoint')}{f', of steps {steps}' if steps else ''}"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from gpumove.errors import FencedError, GpumoveError
 from gpumove.format.manifest import Checkpoint
-from gpumove.store.gc import Retention, collect
+from gpumove.store.gc import Retention, collect, surplus
 from gpumove.store.log import Log
 from gpumove.store.records import reachable
 
@@ -23,9 +23,7 @@ class Keeper:
 
     def retain(self) -> None:
         """Drop, once enough checkpoints have gathered."""
-        have = self._book.view.checkpoints
-        surplus = len(have) - len(self._retention.kept(self._book.view))
-        if surplus <= max(0, (self._retention.keep_last or 0) // 4):
+        if surplus(self._book.view, self._retention) <= max(0, (self._retention.keep_last or 0) // 4):
             return
         try:
             done = collect(self._book, self._retention, reach=self._reachable)

@@ -159,9 +159,9 @@ class Takeover:
 
         found = try_newest(candidates, attempt, say=say)
         self.manifest = loaded[-1][0].manifest
-        if self._peers.rank == 0:
-            self._runner.compare(self.manifest, self._peers.world_size)
         self._follow_on(*loaded[-1], checkpoint=found, lazy=lazy)
+        if self._peers.rank == 0:  # behind what was staged: the next step may change it before it is copied
+            self._runner.compare(self.manifest, self._peers.world_size)
         return found
 
     def _compare(self, checkpoint: Checkpoint, *, strict: bool, damaged: Sequence[int]) -> tuple[Contents, Targets]:

@@ -35,6 +35,11 @@ def age(seconds: float) -> str:
     return f"{max(0.0, seconds):.0f} s"
 
 
+def percent(share: float) -> str:
+    """A share, to two digits."""
+    return f"{float(f'{100 * share:.2g}'):g} %"
+
+
 def count(number: int, thing: str) -> str:
     """So many of a thing."""
     return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -324,7 +324,10 @@ def test_what_belongs_beside_weights_is_taken_along(made: tuple[str, dict[int, T
     assert all((tmp_path / "out" / name).read_bytes() == data for name, data in kept.items())
     assert (tmp_path / "out" / "vocab.json").read_bytes() == b"linked"
     same(load_all(tmp_path / "out"), truth[3])
+    for left in (".config.json.01234567.part", ".mine.01234567.part"):
+        (tmp_path / "out" / left).write_text("left behind")
     export(url, tmp_path / "out", beside=source, force=True)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([".mine.01234567.part", *names])
     for bad in (tmp_path / "absent", source / "folder"):
         with pytest.raises(ConfigError):
             export(url, tmp_path / "no", beside=bad)
@@ -347,7 +350,7 @@ def test_publish_takes_an_export_of_just_this_checkpoint(
     moved = gpumove.publish(url, 3, "canary", export=there, export_options=s3_server.options)
     assert moved.export is not None
     assert (moved.export.url, moved.export.files) == (there, pointer.export.files)
-    with pytest.raises(ConfigError, match="exported from another checkpoint, of step 3"):
+    with pytest.raises(ConfigError, match="exported from another checkpoint \\(step 3,"):
         gpumove.publish(url, 2, "canary", export=out)
     with pytest.raises(ConfigError, match=f"has no {RECEIPT}"):
         gpumove.publish(url, 3, "canary", export=tmp_path)

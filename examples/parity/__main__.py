@@ -28,6 +28,7 @@ from examples.looks import bars, console, say
 from examples.parity.cases import CASES, DIFFERENT, Case, Numbers, wrong
 from examples.parity.picture import draw
 from gpumove.parity.verdict import Certificate, read_certificate
+from gpumove.words import percent
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {True: "with dropout", False: "without dropout"}
@@ -130,7 +131,7 @@ def show(judged: list[Judged]) -> None:
 def _row(one: Judged) -> tuple[str, ...]:
     found = one.certificate
     style = "red" if found.verdict == DIFFERENT else "green"
-    largest = "unknown" if found.largest is None else f"{float(f'{100 * found.largest:.2g}'):g} %"
+    largest = "unknown" if found.largest is None else percent(found.largest)
     first = "" if found.first is None else f"step {found.first.step - found.setting.step}"
     mark = "[bold red]✗[/]" if one.wrong else "[green]✓[/]"
     return one.case.what, f"[{style}]{found.verdict}[/]", largest, found.cause, first, mark

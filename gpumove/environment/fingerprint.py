@@ -10,7 +10,7 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def packages() -> dict[str, str]:
 def _installed(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:
+    except Exception:  # noqa: BLE001 - half-removed packages raise what they like, and it must cost no checkpoint
         return None
 
 

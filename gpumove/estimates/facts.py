@@ -77,7 +77,7 @@ class Facts:
 
 
 def read_facts(log: Log) -> Facts:
-    """Read a run's log, the records of its newest checkpoint, and one manifest of each of its last starts.
+    """Read a run's log, the records of its newest checkpoint, and a few manifests of each of its last starts.
 
     Raises:
         IntegrityError: the log is damaged.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from gpumove.estimates.interval import Range, total
 from gpumove.move.cutover import Standing, decide, is_steady
-from gpumove.move.rounds import Measured, forecast
+from gpumove.move.rounds import Measured, crowds, forecast
 
 _MOST_ROUNDS = 100
 _SINCE = (0.5, 0.0, 0.99)
@@ -120,14 +120,16 @@ def _courses(full_bytes: float, delta: Range, every_s: Range, rate: Range) -> li
     """The likeliest first; then those of both ends of what is uncertain, and of when in its interval a commit comes.
     Fewer rounds are not always better, so that all of them together make the ranges."""
     numbers = [
-        (delta.value, every_s.value, rate.value),
-        (delta.low, every_s.high, rate.high),
-        (delta.high, every_s.low, rate.low),
+        (delta.value, every_s.value, rate.value, False),
+        (delta.low, every_s.high, rate.high, False),
+        (delta.high, every_s.low, rate.low, True),
     ]
     return [_course(full_bytes, *found, since=since) for found in numbers for since in _SINCE]
 
 
-def _course(full_bytes: float, delta_bytes: float, every_s: float, rate_bytes_s: float, *, since: float) -> _Course:
+def _course(
+    full_bytes: float, delta_bytes: float, every_s: float, rate_bytes_s: float, late: bool, *, since: float
+) -> _Course:
     """One move, as it would decide: rounds until nothing is lacking, or until they do not help.
 
     Args:
@@ -135,6 +137,7 @@ def _course(full_bytes: float, delta_bytes: float, every_s: float, rate_bytes_s:
         delta_bytes: of a commit.
         every_s: between two commits.
         rate_bytes_s: of the link.
+        late: commits that take too much of the link are held back only after the first round, not soon in it.
         since: how long ago the last commit came when it begins, as a share of the time between two.
     """
     found = Measured(rate_bytes_s, delta_bytes, every_s)
@@ -149,7 +152,8 @@ def _course(full_bytes: float, delta_bytes: float, every_s: float, rate_bytes_s:
             break
         steady += is_steady(standing)
         rounds, sent, now = rounds + 1, sent + left, now + left / rate_bytes_s
-        before, commits = commits, int(now / every_s + since)
+        held = rounds > late and crowds(delta_bytes, every_s, rate_bytes_s)
+        before, commits = commits, commits if held else int(now / every_s + since)
         # Never more than to begin anew would be.
         left = int(min(full_bytes, (commits - before) * delta_bytes)) or None
     behind = left or 0

@@ -73,9 +73,7 @@ def doctor(
     yield check_disk(config.predecessor_dir)
     yield Check("settings", "ok", "the GPUMOVE_* variables, where set, are valid")
     if url is not None:
-        yield from _store(url, config, storage_options, here.facts)
-        if bandwidth:
-            yield _bandwidth(url, config, storage_options)
+        yield from _store(url, config, storage_options, here.facts, bandwidth=bandwidth)
 
 
 def _failure(name: str, error: GpumoveError) -> Check:
@@ -85,7 +83,9 @@ def _failure(name: str, error: GpumoveError) -> Check:
 # -------------------------------------------------------------------- the store
 
 
-def _store(url: str, config: Config, storage_options: Mapping[str, Any] | None, here: Facts) -> Iterator[Check]:
+def _store(
+    url: str, config: Config, storage_options: Mapping[str, Any] | None, here: Facts, *, bandwidth: bool
+) -> Iterator[Check]:
     """Each check builds on the one before: a store that fails is not asked further."""
     # Whoever asks for a diagnosis does not want to wait as long as a training job would.
     config = config.replace(retry_s=min(config.retry_s, _PATIENCE_S), deadline_s=min(config.deadline_s, _PATIENCE_S))
@@ -94,14 +94,16 @@ def _store(url: str, config: Config, storage_options: Mapping[str, Any] | None, 
     except GpumoveError as error:
         yield _failure("address", error)
         return
-    steps: tuple[tuple[str, Callable[[Store], Check]], ...] = (
+    steps: list[tuple[str, Callable[[Store], Check]]] = [
         ("reach", _reach),
         ("run", _run),
         ("same job", lambda store: _same_job(store, here)),
         ("create-only", _create),
         ("write", _write),
         ("rate", _rate),
-    )
+    ]
+    if bandwidth:
+        steps.append(("bandwidth", lambda _: _bandwidth(url, config, storage_options)))
     with closing(store):
         yield Check("address", "ok", store.url)
         for name, look in steps:
@@ -126,7 +128,8 @@ def _run(store: Store) -> Check:
     view = log.read()
     newest = view.find()
     what = f"the newest checkpoint is of step {newest.step}" if newest else "no checkpoint yet"
-    return Check("run", "ok", f"{log.run}, readable: {len(view.checkpoints)} checkpoints, {what}, epoch {view.epoch}")
+    known = count(len(view.checkpoints), "checkpoint")
+    return Check("run", "ok", f"{log.run}, readable: {known}, {what}, epoch {view.epoch}")
 
 
 def _same_job(store: Store, here: Facts) -> Check:

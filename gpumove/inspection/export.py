@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ _OURS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|gpumove-export\.json"
     r"|\.(model|gpumove-export).*\.[0-9a-f]{8}\.part"
 )
+_TEMP = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part")
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class _Writer:
             sums |= {name: ExportedFile(p.stat().st_size, sum_of(p)) for name, p in temps.items() if name not in sums}
             whole = msgspec.structs.replace(receipt, files=sums)
             write_file(self._temp(RECEIPT, temps), msgspec.json.format(msgspec.json.encode(whole)) + b"\n")
-            self._retire(keep=set(temps.values()))
+            self._retire(temps)
             for name, temp in temps.items():
                 os.replace(temp, self._folder / name)
         finally:
@@ -179,11 +180,15 @@ class _Writer:
         temps[name] = self._folder / f".{name}.{uuid.uuid4().hex[:8]}.part"
         return temps[name]
 
-    def _retire(self, *, keep: Collection[Path]) -> None:
-        """Remove an earlier export, and what a broken one left: files of two exports must never look like one model."""
+    def _retire(self, temps: Mapping[str, Path]) -> None:
+        """Remove an earlier export, and what a broken one left: files of two exports must never look like one model,
+        not even after a crash."""
+        keep = set(temps.values())
         for path in self._folder.iterdir():
-            if _OURS.fullmatch(path.name) and path not in keep:
+            left = _TEMP.fullmatch(path.name)
+            if path not in keep and (_OURS.fullmatch(path.name) or (left and left[1] in temps)):
                 path.unlink()
+        sync(self._folder)
 
     def _index(self) -> bytes:
         where = {t.name: f.name for f in self._files for t in f.tensors}

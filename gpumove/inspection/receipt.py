@@ -61,8 +61,8 @@ def read_receipt(
             raise ConfigError(f"{store.url}/{RECEIPT} cannot be read: {error}") from error
         if (found.run, found.attempt, found.manifest) != (run, checkpoint.attempt, checkpoint.manifest):
             raise ConfigError(
-                f"{store.url} was exported from another checkpoint, of step {found.step}, than the one of step "
-                f"{checkpoint.step} that is to be published"
+                f"{store.url} was exported from another checkpoint (step {found.step}, attempt {found.attempt}) than "
+                f"the one that is to be published (step {checkpoint.step}, attempt {checkpoint.attempt})"
             )
         there = {info.key: info.nbytes for info in store.list("")}
         if wrong := sorted(name for name, file in found.files.items() if there.get(name) != file.nbytes):

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from gpumove.errors import ParityError
+from gpumove.errors import FencedError, ParityError
 from gpumove.format.manifest import Move
 from gpumove.move.baggage import Baggage
-from gpumove.move.entries import Entries
+from gpumove.move.cutover import step_s
+from gpumove.move.entries import Entries, OvertakenError
 from gpumove.move.report import Event, Report, Wishes
 from gpumove.parity.watch import Told, told
 from gpumove.store.log import Log
@@ -18,6 +19,8 @@ from gpumove.store.log import Log
 _POLL_S = 1.0
 _LEAST_S, _UNKNOWN_S = 120.0, 600.0
 """Silence that says nothing yet; and where nobody knows how often a word is to be expected."""
+_WORD_S = 120.0
+"""For a word that should be there: the first one, where a checkpoint is, and the last one, where a later one is."""
 _GAPS, _STARTS = 5.0, 3
 _FOR_GOOD = ("finished", ParityError.__name__)
 """Ends of a job that nobody starts again."""
@@ -38,10 +41,11 @@ class Aftercare:
 
     def __init__(self, source: Log, target: Log, entries: Entries, baggage: Baggage, wishes: Wishes) -> None:
         self._source, self._target, self._entries, self._baggage = source, target, entries, baggage
-        self._wishes = wishes
+        self._wishes, self._gone_after_s = wishes, wishes.gone_after_s
         self._findings: list[str] = []
+        self._limits: list[str] = []
         self._discard = self._answered = False
-        self._heard_at, self._gap_s = time.monotonic(), 0.0
+        self._heard_at, self._gap_s, self._due_at = time.monotonic(), 0.0, 0.0
         self._head = self._epoch = self._starts = 0
         self._step: int | None = None
         self._told: Move | None = None
@@ -67,7 +71,10 @@ class Aftercare:
         if not took_back:
             return replace(report, text=f"{report.text}; {here.text}", findings=findings, events=self._events())
         leave_s = min(self._wishes.leave_timeout_s, _LEAVE_S) if self._answered else self._wishes.leave_timeout_s
-        wishes = replace(self._wishes, watch="", discard=took_back == "discard", force=True, leave_timeout_s=leave_s)
+        wishes = replace(
+            self._wishes, watch="", discard=took_back == "discard", force=True, leave_timeout_s=leave_s,
+            max_blackout_s=None, every_step=False, slow_s=0.0,
+        )  # fmt: skip
         done = back(wishes)
         text = f"{done.text}: it was taken back, because {'; '.join(findings)}"
         return replace(done, text=text, findings=findings, events=(*self._events(), *done.events))
@@ -84,10 +91,13 @@ class Aftercare:
         """Say so at the source, with what follows; from here on nothing there is kept for the move."""
         self._baggage.unpin(here)
         facts = {**here.facts, "findings": self._findings, "back": took_back}
-        found = "; ".join(self._findings) or "nothing was found that was not so before the move"
-        text = f"the watch is over: {found}" + ("; the run is taken back" if took_back else "")
+        said = [*(self._findings or ["nothing was found that was not so before the move"]), *self._limits]
+        text = f"the watch is over: {'; '.join(said)}" + ("; the run is taken back" if took_back else "")
         self._entries.decided()
-        self._entries.enter("watched", facts=facts, text=text)
+        try:
+            self._entries.enter("watched", facts=facts, text=text)
+        except OvertakenError:
+            raise FencedError(f"{self._source.store.url}: somebody else has carried on what this watch is of") from None
         assert self._source.view.move is not None
         return self._source.view.move
 
@@ -99,11 +109,13 @@ class Aftercare:
     def _watch(self, here: Move, action: str) -> None:
         """Until it is over, or there is a reason to take the run back."""
         self._entries.event("watch", "following what the job at the target finds")
+        if self._gone_after_s is None:
+            self._gone_after_s = here.facts.get("gone_after_s")  # as the mover was told that has begun this
         while True:
             self._target.follow()
             view = self._target.view
             if view.sealed or view.move is None or view.move.move != here.move:
-                self._entries.event("watch", "the run is on its way to somewhere else: there is nothing to watch here")
+                self._breaks_off("the run is on its way to somewhere else: there is nothing to watch here")
                 return
             if self._hears(view.move) or (self._findings and action == "rollback"):
                 return
@@ -112,8 +124,12 @@ class Aftercare:
     def _hears(self, move: Move) -> bool:
         """Take in what is new; whether it is over."""
         view, state, now = self._target.view, told(move), time.monotonic()
+        if state is None and move.state == "handover" and not self._overdue(True, now):
+            return False  # a checkpoint came before the job's first word
         if state is None:
-            self._say("the job at the target does not compare itself: its watch_steps is 0, or it is an older gpumove")
+            self._breaks_off(
+                "the job at the target does not compare itself: its watch_steps is 0, or it is an older gpumove"
+            )
             return True
         if view.head != self._head:
             self._gap_s = max(self._gap_s, now - self._heard_at) if self._head else 0.0
@@ -126,6 +142,12 @@ class Aftercare:
             self._take(state)
         if state.over or state.ended in _FOR_GOOD:
             return True
+        newest = view.find()
+        if self._overdue(newest is not None and newest.step >= state.handed + state.steps, now):
+            self._breaks_off(
+                "the job at the target has gone on past the watch, and did not say what it found to the end"
+            )
+            return True
         silent_s = now - self._heard_at
         if silent_s <= self._patience_s(state):
             return False
@@ -135,6 +157,11 @@ class Aftercare:
         else:
             self._find(text)
         return True
+
+    def _overdue(self, due: bool, now: float) -> bool:
+        """Whether a word that should be there now has not come for long."""
+        self._due_at = (self._due_at or now) if due else 0.0
+        return due and now - self._due_at > _WORD_S
 
     def _starts_over(self, state: Told) -> None:
         """Whether the job was started again, and whether that helps."""
@@ -155,18 +182,25 @@ class Aftercare:
             if text not in self._findings:
                 self._findings.append(text)
         self._answered = bool(state.ended)
+        self._limits = [f"not compared: {each}" for each in state.unjudged]
         if state.ended not in ("", "finished", "left") and not self._findings:
             self._find(f"the job at the target ended with {state.ended} after step {state.step}")
 
     def _patience_s(self, state: Told) -> float:
-        if self._wishes.gone_after_s is not None:
-            return self._wishes.gone_after_s
-        each = state.standing.get("s") or state.standing.get("s_expected")
+        if self._gone_after_s is not None:
+            return self._gone_after_s
+        there = state.standing.get("s") or state.standing.get("s_expected")
+        each = there or step_s(self._source.view.checkpoints)  # at least roughly
         gap_s = max(self._gap_s, each * state.steps / 10 if each else 0.0)
         return max(_LEAST_S, _GAPS * gap_s) if gap_s else _UNKNOWN_S
 
     def _find(self, text: str) -> None:
         self._findings.append(text)
+        self._say(text)
+
+    def _breaks_off(self, text: str) -> None:
+        """Nothing more is to be found, and not because all was compared."""
+        self._limits.append(text)
         self._say(text)
 
     def _say(self, text: str) -> None:

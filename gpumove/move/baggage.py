@@ -55,6 +55,7 @@ class Baggage:
             "baseline": self._baseline or None,
             "step_ratio": self._wishes.step_ratio,
             "on_parity": watch or None,
+            "gone_after_s": self._wishes.gone_after_s if watch else None,
             "pins": newest.number if watch and not newest.pinned else None,
             "back_to": back_to,
         }

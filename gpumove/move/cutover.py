@@ -97,8 +97,8 @@ class Choice:
 def step_s(commits: Sequence[Checkpoint]) -> float | None:
     """Seconds per step, as the last commits of one start of the job tell."""
     last = [c for c in commits if commits and c.epoch == commits[-1].epoch][-_RECENT:]
-    steps = last[-1].step - last[0].step if last else 0
-    return (last[-1].time - last[0].time) / steps if steps > 0 else None
+    steps, seconds = (last[-1].step - last[0].step, last[-1].time - last[0].time) if last else (0, 0.0)
+    return seconds / steps if steps > 0 and seconds > 0 else None  # a clock may have been set back
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Says at the source what only a thread beside a long round can: that the mover is still there, and that saves are to
-wait where they come faster than the link takes them. A wish that nobody repeats is forgotten by the job."""
+wait where they take too much of the link. A wish that nobody repeats is forgotten by the job."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Herald:
 
     Args:
         source: the mover's log, whose view is looked at; what is written goes through another one.
-        outpaced: whether commits come faster than they can be sent.
+        crowded: whether commits take too much of the link.
     """
 
-    def __init__(self, source: Log, outpaced: Callable[[], bool]) -> None:
-        self._source, self._outpaced = source, outpaced
+    def __init__(self, source: Log, crowded: Callable[[], bool]) -> None:
+        self._source, self._crowded = source, crowded
         self.copying = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gpumove-herald", daemon=True)
@@ -51,7 +51,7 @@ class Herald:
             begun = self._source.view.move
             if not self.copying or begun is None or begun.state != "begin":
                 continue
-            hold = not begun.facts.get("hold") and not begun.facts.get("idle") and self._outpaced()
+            hold = not begun.facts.get("hold") and not begun.facts.get("idle") and self._crowded()
             try:
                 if hold or time.time() - begun.time > _AGAIN_S:
                     self._say(begun, {**begun.facts, "hold": hold or begun.facts.get("hold", False)}, hold=hold)
@@ -69,5 +69,5 @@ class Herald:
             if view.move is None or (view.move.move, view.move.state) != (begun.move, "begin"):
                 raise _ChangedError
 
-        text = "no saves that are only due: they come faster than they can be sent" if hold else "still copying"
+        text = "no saves that are only due: they take too much of the link" if hold else "still copying"
         log.move("begin", move=begun.move, other=begun.other, facts=facts, text=text, check=check)

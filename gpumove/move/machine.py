@@ -79,7 +79,7 @@ class Mover:
             Phase.ARRIVED: self._finish,
         }
         returned = False
-        with Herald(self.source, self._precopy.outpaced) as herald:
+        with Herald(self.source, self._precopy.crowded) as herald:
             while (now := self.look()) is not Phase.DONE and not (returned and now is Phase.FRESH):
                 herald.copying = now is Phase.COPYING
                 self.rounds.as_source = herald.copying  # nothing is dropped at the target while nobody trains
@@ -212,6 +212,7 @@ class Mover:
             if newest is not None and there is not None and there.attempt == newest.attempt and move is not None:
                 return newest, move
             if not self._bring():
+                self.rounds.check_sound(newest)
                 raise OvertakenError
 
     def _seal(self) -> None:
@@ -233,6 +234,7 @@ class Mover:
         self._baggage.pin(move)
         text = f"to be resumed here from step {newest.step}: gpumove run {self.ends.target}"
         self._entries.enter("handover", at=self.target, facts=dict(move.facts), text=text)
+        self.rounds.courier.bring_quietly()  # what was published until the seal
 
     def _return(self) -> None:
         """The move was withdrawn after the seal: the right to write appears at the source again."""
@@ -241,12 +243,11 @@ class Mover:
 
     def _seal_late(self) -> None:
         """The target was handed the run while the source could not be reached; now it can."""
-        view, moved = self.source.view, self.target.view.move
+        view = self.source.view
         newest = view.find()
         kept = {c.attempt for c in self.target.view.checkpoints}
         common = max((c.number for c in view.checkpoints if c.attempt in kept), default=0)
         lost = sorted({c.step for c in view.checkpoints if c.number > common})
-        assert moved is not None
         also = f"; what was committed here since the handover is not part of the run: steps {lost[-5:]}" if lost else ""
         facts = {"step": None if newest is None else newest.step, "forced": True}
         self._entries.enter("sealed", facts=facts, text=f"sealed late{also}")
@@ -262,9 +263,9 @@ class Mover:
 
     def _finish(self) -> None:
         here, there = self.source.view.move, self.target.view.move
-        said = {} if here is None else {name: here.facts.get(name) for name in ("forecast_s", "on_parity", "pins")}
-        handed = None if here is None else here.facts.get("step")
-        facts = said | {"handed": handed} | ({} if there is None or not there.is_over else there.facts)
+        known = {} if here is None else here.facts
+        said = {name: known.get(name) for name in ("forecast_s", "on_parity", "gone_after_s", "pins")}
+        facts = said | {"handed": known.get("step")} | ({} if there is None or not there.is_over else there.facts)
         self._entries.enter("done", facts=facts, text=f"the job trains at {self.ends.target}")
 
     def watch(self, report: Report, back: Callable[[Wishes], Report]) -> Report:

@@ -1,4 +1,8 @@
-"""Pointers travel with the checkpoints that they name: who follows a replica is told what is there, and no more."""
+"""Pointers travel with the checkpoints that they name: who follows a replica is told what is there, and no more.
+
+A name comes with its newest pointer or stays behind: where that stands for what is not there, older ones would say that
+it still stands for what it was taken away from.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ class Courier:
         self._source, self._target = source, target
         self._lock = threading.Lock()
         self._read: dict[tuple[str, int], Pointer | None] = {}
+        self._said: set[str] = set()
         self._looked, self._sealed = -_EVERY_S, False
         self._thread: threading.Thread | None = None
 
@@ -33,10 +38,11 @@ class Courier:
         due = time.monotonic() - self._looked >= _EVERY_S and not self._sealed
         if (last or due) and not (self._thread is not None and self._thread.is_alive()):
             self._sealed = last
-            self._thread = threading.Thread(target=self._bring_quietly, name="gpumove-pointers", daemon=True)
+            self._thread = threading.Thread(target=self.bring_quietly, name="gpumove-pointers", daemon=True)
             self._thread.start()
 
-    def _bring_quietly(self) -> None:
+    def bring_quietly(self) -> None:
+        """Likewise, for who must not fail because of it."""
         try:
             self.bring()
         except GpumoveError as error:
@@ -48,17 +54,35 @@ class Courier:
             return self._bring()
 
     def _bring(self) -> int:
-        there = {c.attempt for c in self._target.view.checkpoints}
-        if not there:
+        if not self._target.view.checkpoints:
             return 0
         self._looked, brought = time.monotonic(), 0
         have = numbers(self._target.store)
         for name, known in numbers(self._source.store).items():
-            for number in sorted(set(known) - set(have.get(name, ()))):
+            newest = self._pointer(name, known[-1])
+            if newest is None or not self._has(newest):
+                self._stays(newest)
+                continue
+            # The newest first: nobody is to see one that is over.
+            for number in sorted(set(known) - set(have.get(name, ())), reverse=True):
                 pointer = self._pointer(name, number)
-                if pointer is not None and (pointer.step is None or pointer.attempt in there):
+                if pointer is not None and self._has(pointer):
                     brought += self._target.store.create(pointer.key, encode_checked(pointer))
         return brought
+
+    def _has(self, pointer: Pointer) -> bool:
+        """Whether the target has its checkpoint: looked up just before, since retention works beside this."""
+        return pointer.step is None or any(c.attempt == pointer.attempt for c in self._target.view.checkpoints)
+
+    def _stays(self, pointer: Pointer | None) -> None:
+        """Say so, once, unless what it stands for is newer than all that is there, and so on its way."""
+        there = max((c.attempt for c in self._target.view.checkpoints), default="")
+        if pointer is not None and pointer.attempt < there and pointer.mark not in self._said:
+            self._said.add(pointer.mark)
+            _log.warning(
+                "%s stays behind: it stands for step %s, which %s does not have; gpumove replicate --step all, before "
+                "anything else is copied there, brings all", pointer.mark, pointer.step, self._target.store.url,
+            )  # fmt: skip
 
     def _pointer(self, name: str, number: int) -> Pointer | None:
         """A pointer never changes, so once read is enough."""

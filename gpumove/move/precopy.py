@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gpumove.errors import ConfigError, StoreError
@@ -24,7 +25,7 @@ from gpumove.move.cutover import (
     step_s,
 )
 from gpumove.move.report import Wishes
-from gpumove.move.rounds import Forecast, Measured, Round, Rounds, measure
+from gpumove.move.rounds import Forecast, Measured, Round, Rounds, crowds, measure
 
 _COMMIT_S = 600.0
 """A commit is waited for at least so long."""
@@ -36,15 +37,30 @@ _SINGLE_STEPS = 4
 """Commits of single steps after which it is known whether the link keeps up with them."""
 
 
+@dataclass
+class _Since:
+    """Commits after an entry, counted as they are seen: retention takes old ones out of the view meanwhile."""
+
+    number: int = -1
+    """Of the newest entry that is not to be counted any more; below 0 for a count that has not begun."""
+    counted: int = 0
+
+    def count(self, commits: Sequence[Checkpoint]) -> int:
+        """How many there were, with those that are new among ``commits``."""
+        new = [commit.number for commit in commits if commit.number > self.number]
+        self.number, self.counted = max([self.number, *new]), self.counted + len(new)
+        return self.counted
+
+
 class Precopy:
     """One move's, from its begin to its request; begun anew by a mover that takes over."""
 
     def __init__(self, rounds: Rounds, wishes: Wishes) -> None:
         self._rounds, self._max_blackout_s = rounds, wishes.max_blackout_s
-        self._wants_steps, self._steps_since = wishes.every_step, -1
+        self._wants_steps, self._singles = wishes.every_step, _Since()
         self._heard, self._hear_s = False, min(wishes.hear_timeout_s, wishes.leave_timeout_s)
         self._since: float | None = None
-        self._held = self._hoping = False
+        self._held = self._hoping = self._released = False
         self._expects = wishes.arrive_timeout_s > 0
         self._at_target: dict[str, float] | None = None
         self._steady = self._tries = 0
@@ -67,8 +83,9 @@ class Precopy:
         told = facts.get("job", {})
         self._save_s, self._sight_s = told.get("save_s", self._save_s), told.get("sight_s", self._sight_s)
         self._entry_s = entry_s
-        if facts.get("every_step") and self._steps_since < 0:
-            self._wants_steps, self._steps_since = False, len(self._commits())
+        if facts.get("every_step") and self._singles.number < 0:
+            self._wants_steps = False
+            self._singles = _Since(self._rounds.replica.source.view.head)
 
     def next_step(self) -> Next:
         """What to do now. ``steps`` and ``usual``: ask the job to save after every step, or no longer."""
@@ -85,14 +102,13 @@ class Precopy:
         if self._hoping:
             helps = left is not None and self._standing.forecast.converges
             return Next("round" if helps else "wait", "a job has not said yet what it will take")
-        if following.is_end and self._wants_steps:
-            self._wants_steps = False
+        if following.is_end and self._wants_steps:  # until it stands in the log
             return Next("steps", "the copy is as current as it gets")
         if self._held and following.step == "wait":
             return Next("usual", "a later commit is waited for")
-        if self._steps_since < 0:
+        if self._singles.number < 0:
             return following
-        if len(self._commits()) - self._steps_since < _SINGLE_STEPS and not view.sealed:
+        if self._singles.count(self._commits()) < _SINGLE_STEPS and not view.sealed:
             return more
         if not self._standing.forecast.converges and following.step != "cut":
             return Next("usual", self._standing.forecast.why)
@@ -107,16 +123,20 @@ class Precopy:
             return now < self._since + _WARM_S
         return silent and now < self._since + self._hear_s
 
-    def outpaced(self) -> bool:
-        """Whether commits come faster than they can be sent, for sure, while the first round is under way."""
-        found, most_bytes_s = self._measured(), self._rounds.replica.copier.rate.most_bytes_s
-        if self._rounds.done or not most_bytes_s or not found.every_s or not found.delta_bytes:
+    def crowded(self) -> bool:
+        """Whether saves that are only due had better wait until the cutover.
+
+        In the first round the rate is taken to be the most that it can be.
+        """
+        found, copier = self._measured(), self._rounds.replica.copier
+        rate = found.rate_bytes_s if self._rounds.done else copier.rate.most_bytes_s
+        if self._singles.number >= 0 or self._released or not rate or not found.every_s or not found.delta_bytes:
             return False
-        return found.delta_bytes / most_bytes_s > found.every_s
+        return crowds(found.delta_bytes, found.every_s, rate)
 
     def usual(self) -> None:
-        """The job saves as usual again."""
-        self._steps_since = -1
+        """The job saves as usual again, from now on."""
+        self._singles, self._released = _Since(), True
 
     def count(self) -> None:
         """A round is over."""

@@ -18,7 +18,7 @@ from gpumove.move.copier import Copier, Object, Progress, Sent
 from gpumove.move.needs import Needs
 from gpumove.move.regions import check_region
 from gpumove.store.beside import both
-from gpumove.store.gc import Plan, Retention, collect
+from gpumove.store.gc import Plan, Retention, collect, surplus
 from gpumove.store.log import Log
 from gpumove.store.records import reachable
 from gpumove.store.view import View
@@ -269,8 +269,7 @@ class Replica:
         Returns:
             What was done; None if there was nothing to drop, or too little yet.
         """
-        surplus = len(self.target.view.checkpoints) - len(retention.kept(self.target.view))
-        if self.target.epoch is None or surplus <= (retention.keep_last or 0) // 4:
+        if self.target.epoch is None or surplus(self.target.view, retention) <= (retention.keep_last or 0) // 4:
             return None
         try:
             done = collect(self.target, retention, reach=self._reachable)

@@ -107,6 +107,8 @@ def replicate(
         log = Log(source)
         log.open(create=False)
         log.read()
+        if isinstance(step, int):
+            pick(log.view, step, url=source.url)  # before anything is made at the target
         replica, as_source = Replica(log, Log(target), copier, deep=deep, region=to_region), follow and keep is None
         rounds = Rounds(replica, keep, as_source=as_source, stop=stop or threading.Event())
         return _run(rounds, step, follow=follow, each=each or (lambda found, forecast: None), progress=progress)

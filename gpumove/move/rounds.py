@@ -22,6 +22,8 @@ from gpumove.store.view import View
 
 _log = logging.getLogger("gpumove")
 _RECENT = 5
+_CROWDED = 0.5
+"""Share of the time that a link may be busy with commits."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,12 @@ class Measured:
     """Seconds between two commits."""
     rest_s: float = 0.0
     """What a round takes besides its bytes."""
+
+
+def crowds(delta_bytes: float, every_s: float, rate_bytes_s: float) -> bool:
+    """Whether commits take so much of the link that they had better wait until the cutover: a difference over more
+    steps is hardly larger, and to catch up with each of them takes long."""
+    return delta_bytes / rate_bytes_s > _CROWDED * every_s
 
 
 @dataclass(frozen=True)
@@ -210,6 +218,11 @@ class Rounds:
         if (keep := self._keep()) is not None:
             self.replica.retain(keep)
         return self.done[-1]
+
+    def check_sound(self, checkpoint: Checkpoint | None) -> None:
+        """Raise IntegrityError for one that was found to be damaged: to look again does not help."""
+        if checkpoint is not None and (why := self.damaged.get(checkpoint.attempt)) is not None:
+            raise IntegrityError(why)
 
     def _keep(self) -> Retention | None:
         if not self.as_source:

@@ -25,8 +25,8 @@ WORDS = {
     MODEL: "parameters or buffers are not those of the checkpoint, or the model computes something else",
     BACKWARD: "its loss is equal, so it is what backward makes of it: kernels, the scale of the loss, or gradients "
     "that were not zero",
-    OPTIMIZER: "up to there all is equal, so it is what an optimizer step adds: its moments, its step counters, its "
-    "settings, or the scale of the loss",
+    OPTIMIZER: "up to there the numbers agree, so it is what an optimizer step adds: its moments, its step counters, "
+    "its settings, or the scale of the loss",
     NUMERICS: "sums are rounded otherwise: devices, threads, flags or kernels that are not deterministic",
     WORLD_SIZE: "the number of ranks is another one: random draws differ, and so does a loss that is not reduced over "
     "all ranks",

@@ -37,6 +37,7 @@ def find_followed(log: Log, steps: int, *, step: int | None = None, without: Col
 
     Raises:
         ConfigError: there is no run, or no such checkpoint.
+        IntegrityError: none that is not known to be damaged.
         ParityError: no checkpoint is followed by any (code ``parity.unknown``).
     """
     if not log.open(create=False):
@@ -45,7 +46,8 @@ def find_followed(log: Log, steps: int, *, step: int | None = None, without: Col
     roots = [c for c in view.candidates() if c.number not in without and step in (None, c.step)]
     if not roots:
         which = "sound checkpoint" if step is None else f"sound checkpoint of step {step}"
-        raise ConfigError(f"{log.store.url} has no {which}")
+        kind = IntegrityError if without else ConfigError
+        raise kind(f"{log.store.url} has no {which}")
     family, best = _Family(view.checkpoints), None
     for checkpoint in sorted(view.checkpoints, key=lambda c: (c.number in view.abandoned, -c.number))[:_MOST_READ]:
         family.read(log, checkpoint)

@@ -41,6 +41,8 @@ class _Known:
     every: int
     tolerance: float | None
     took_s: float = math.inf
+    barred: bool = False
+    """It has written to the model, and is not to do so again."""
 
 
 class Probes:
@@ -81,8 +83,8 @@ class Probes:
 
     @property
     def names(self) -> list[str]:
-        """Those that this rank has."""
-        return list(self._known)
+        """Those that this rank has and may run."""
+        return [name for name, known in self._known.items() if not known.barred]
 
     # ---------------------------------------------------------------- which, on rank 0
 
@@ -106,7 +108,8 @@ class Probes:
 
     def parting(self) -> list[str]:
         """Those to run with the last save before the job leaves, where all ranks are still there."""
-        return [name for name in self._common if _PARTING * self._known[name].took_s <= self.left_s()]
+        may = set(self.names)
+        return [name for name in self._common if name in may and _PARTING * self._known[name].took_s <= self.left_s()]
 
     # ---------------------------------------------------------------- running them
 
@@ -132,6 +135,7 @@ class Probes:
                 found = {k: whole(v) if isinstance(v, torch.Tensor) else v for k, v in found.items()}
                 return {k: to_array(v, k) for k, v in found.items()} if self._peers.rank == 0 else {}
         except Exception as error:  # noqa: BLE001 - it is the user's function, and a probe never costs a checkpoint
+            self._known[name].barred = getattr(error, "code", "") == "config.probe_writes"
             self._warn(f"the probe {name!r} failed and is left out: {type(error).__name__}: {error}")
             return None
 
@@ -147,7 +151,7 @@ class Probes:
         recorded = {} if manifest is None else {probe.name: probe for probe in manifest.probes}
         if manifest is None or not recorded:
             return
-        mine = msgspec.msgpack.encode([name for name in recorded if name in self._known])
+        mine = msgspec.msgpack.encode([name for name in recorded if name in self.names])
         self._peers.meet("the probes after the restore")
         names = msgspec.msgpack.decode(self._peers.ask(mine, _common), type=list[str])
         found = []

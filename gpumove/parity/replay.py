@@ -24,6 +24,7 @@ from gpumove.parity.recorder import Recorder, told
 from gpumove.parity.rows import Setting
 from gpumove.parity.verdict import Certificate, judge
 from gpumove.state.peers import Peers
+from gpumove.store.address import parse
 from gpumove.store.log import Log
 from gpumove.takeover import Takeover
 
@@ -56,7 +57,8 @@ class Replay:
         """Load the checkpoint that is to be certified, on all ranks, without a claim.
 
         Raises:
-            ConfigError: there is no such run, or checkpoint.
+            ConfigError: there is no such run, or checkpoint, or the script opens another run than it was told.
+            IntegrityError: every checkpoint that could be certified is damaged.
             ParityError: no checkpoint is followed by recorded steps (code ``parity.unknown``).
         """
         self._takeover.begin()
@@ -90,11 +92,14 @@ class Replay:
 
     def _check_place(self) -> None:
         """A script may name a URL by itself: then it is not the run that was asked about."""
-        asked, here = self._config.run_place()[0], self._book.store.url
-        if asked is not None and place(asked) != place(here):
+        url, folder = self._config.run_place()
+        if url is None or folder is None:
+            return
+        asked, here = parse(url), parse(self._book.store.url)
+        if (asked.family, asked.root) != (here.family, here.root):
             raise ConfigError(
-                f"{place(asked).url} is to be certified, and the script opens {here}: let it take the URL from "
-                "Checkpointer.from_env, or from the variable GPUMOVE_URL"
+                f"{asked.url} is to be certified, and the script opens {here.url}: use Checkpointer.from_env in it, or "
+                "the variable GPUMOVE_URL"
             )
 
     # ---------------------------------------------------------------- training

@@ -15,6 +15,7 @@ from gpumove.format.manifest import TraceRow
 from gpumove.parity import causes
 from gpumove.parity.rows import DICE, NUMBERS, STATE, Setting, Table, said
 from gpumove.parity.trace import number
+from gpumove.words import percent
 
 Verdict = Literal["bitwise", "within tolerance", "different", "unknown"]
 BITWISE: Verdict = "bitwise"
@@ -134,16 +135,18 @@ def _verdict(table: Table) -> tuple[Verdict, str, str, First | None]:
             earlier=len(earlier), fact=fact, same_world=table.same_world,
             jumped=not earlier or size > _JUMP * earlier[-1],
         )  # fmt: skip
-        why = f"{causes.NAMES[fact]} of step {step} differs by {_percent(size)}: {causes.WORDS[cause]}"
+        first = _first(table, step, fact)
+        far = f"differs by {percent(size)}" if math.isfinite(size) else f"was {first.before} and is {first.after}"
+        why = f"{causes.NAMES[fact]} of step {step} {far}: {causes.WORDS[cause]}"
         if cause == causes.MODEL and not {"samples", "rank_samples"} & set(table.known[step]):
             why += causes.BLIND
-        return DIFFERENT, cause, why + _machines(setting, cause) + few, _first(table, *beyond)
+        return DIFFERENT, cause, why + _machines(setting, cause) + few, first
     numbers = [step for step, known in table.known.items() if "loss" in known or "grad_norm" in known]
     if not numbers:
         return UNKNOWN, "", _nothing(table) + few, None
     span = f"{len(numbers)} step{'s' * (len(numbers) != 1)} ({numbers[0]} to {numbers[-1]})"
-    first = dice or onset
-    if first is None:
+    apart = dice or onset
+    if apart is None:
         named = [causes.NAMES[n] for n in ("loss", "grad_norm", "samples", "rank_samples", "lr", "rng")
                  if any(n in known for known in table.known.values())]  # fmt: skip
         return BITWISE, "", f"{span} gave the same bits: {', '.join(named)}" + few, None
@@ -151,14 +154,14 @@ def _verdict(table: Table) -> tuple[Verdict, str, str, First | None]:
     why = f"in {span} {_within(table, onset)}"
     if dice is not None:
         why += f", but {causes.of_fact(dice[1], dice[0])}. What draws later will not be the same"
-    return WITHIN, cause, why + _machines(setting, cause) + few, _first(table, *first)
+    return WITHIN, cause, why + _machines(setting, cause) + few, _first(table, *apart)
 
 
 def _within(table: Table, onset: tuple[int, str] | None) -> str:
     if onset is None:
         return "every loss has the same bits"
     worst = max(table.losses.values(), default=0.0)
-    why = f"no loss differs by more than {_percent(worst)}; {causes.NAMES[onset[1]]} differs from step {onset[0]} on"
+    why = f"no loss differs by more than {percent(worst)}; {causes.NAMES[onset[1]]} differs from step {onset[0]} on"
     return why + ("; losses are rounded to bfloat16, which hides smaller differences" if table.coarse else "")
 
 
@@ -202,9 +205,3 @@ def _compared(table: Table, before: TraceRow, after: TraceRow) -> Compared:
     finite = relative is not None and math.isfinite(relative)
     return Compared(before.step, said(before, "loss"), said(after, "loss"), relative if finite else None,
                     table.differs[before.step])  # fmt: skip
-
-
-def _percent(relative: float) -> str:
-    if not math.isfinite(relative):
-        return "more than any number"
-    return f"{100 * relative:.2g} %"

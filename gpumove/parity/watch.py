@@ -192,6 +192,8 @@ class Told(msgspec.Struct, frozen=True, omit_defaults=True):
     ended: str = ""
     """Why the job ended before that: ``finished``, ``left``, or the name of an error."""
     standing: dict[str, float] = {}
+    unjudged: tuple[str, ...] = ()
+    """What cannot be compared, and why."""
 
 
 def told(move: Move | None) -> Told | None:

@@ -125,7 +125,8 @@ class Watching:
         found = "; ".join(str(f.get("text")) for f in state.findings) or "nothing was found"
         far = f"{(state.step or state.handed) - state.handed} of {state.steps} steps after the move: {found}"
         ended = f"; the job ended: {state.ended}" if state.ended else ""
-        return msgspec.to_builtins(state), far + ended
+        words = in_text(state.standing, state.unjudged) if state.over else ""
+        return msgspec.to_builtins(state), far + ended + (f"; {words}" if words else "")
 
     def said(self) -> None:
         """It is in the log."""
@@ -166,6 +167,7 @@ class Watching:
 
     def _compare(self, stop: threading.Event, heard: deque[Heard], judge: Judge) -> None:
         if missing := judge.unjudged():
+            self._change(unjudged=tuple(missing))
             _log.warning("after the move these cannot be compared with the source: %s", "; ".join(missing))
         ended = False
         while not ended:

@@ -93,6 +93,8 @@ def compare(histories: Sequence[History]) -> Comparison:
     there = {save.at.manifest for save in histories[0].saves} if len(histories) == 2 else set()
     since = _first_epoch(move)
     after = _line("after the move", histories[-1:], lambda s: s.at.manifest not in there and s.at.epoch >= since)
+    if move is None and not after.saves:  # it is a copy, or will be the target of a move
+        return Comparison(tuple(histories), (_line("this run", histories, lambda save: True),), None, None, None)
     trained = {save.at.manifest for save in after.saves}
     before = _line("before the move", histories, lambda s: s.at.manifest not in trained)
     lines = (before, after)

@@ -10,7 +10,7 @@ from gpumove.report.compare import Comparison, Line
 from gpumove.report.history import History
 from gpumove.report.markup import Markup, tag
 from gpumove.report.tables import UNKNOWN, moment, table
-from gpumove.words import count
+from gpumove.words import count, percent
 
 _STYLES = {"bitwise": "good", "within tolerance": "good", "unknown": "unknown", "different": "bad"}
 """The worst last."""
@@ -56,7 +56,7 @@ def _certificate(number: int, found: Certificate) -> list[Markup]:
     """One verdict with its evidence: every step that was compared."""
     said = found.setting
     ranks = " then, ".join(count(size, "rank") for size in said.world_sizes)
-    words = f": {found.why} ({ranks} now; a loss may differ by {100 * found.tolerance:.2g} %)."
+    words = f": {found.why} ({ranks} now; a loss may differ by {percent(found.tolerance)})."
     parts = [tag("p", "Verdict of ", moment(found.time), ", ", _styled(found.verdict), words)]
     if found.steps:
         caption = f"Certificate {number}: steps after step {said.step} of {said.url}, trained again"
@@ -66,7 +66,7 @@ def _certificate(number: int, found: Certificate) -> list[Markup]:
 
 
 def _compared(found: Compared) -> tuple[str, ...]:
-    relative = UNKNOWN if found.relative is None else f"{100 * found.relative:.2g} %" if found.relative else "0"
+    relative = UNKNOWN if found.relative is None else percent(found.relative) if found.relative else "0"
     names = ", ".join(name.replace("_", " ") for name in found.differs)
     return str(found.step), _number(found.before), _number(found.after), relative, names or "nothing"
 

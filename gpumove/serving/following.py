@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 from gpumove.config import Config
-from gpumove.errors import ConfigError, GpumoveError
+from gpumove.errors import ConfigError, GpumoveError, IntegrityError
 from gpumove.format.pointer import Exported, Pointer, check_name
 from gpumove.inspection.run import open_run
 from gpumove.store.objects import Store
@@ -82,6 +82,8 @@ def _follow(
                 if not number and not said:
                     said = f"nothing is published as {name} at {store.url} yet"
                     _log.info("%s", said)
+                elif number and number == seen:
+                    said = ""  # should the store fail again, that is said again
                 if number > seen:
                     pointer = read_pointer(store, name, number)
                     seen, said = number, ""
@@ -100,18 +102,34 @@ def _follow(
 def pointers(
     url: str, name: str | None = None, *, config: Config | None = None, storage_options: Options = None
 ) -> list[Pointer]:
-    """The newest pointer of every name, or all of one name, oldest first.
+    """The newest pointer of every name, or all of one name, oldest first. Damaged ones are named in a warning.
 
     Raises:
         ConfigError: there is no run at the URL, or nothing was ever published under the name.
+        IntegrityError: none of them can be read.
     """
     with open_run(url, config=config, storage_options=storage_options) as log:
         found = numbers(log.store, None if name is None else check_name(name))
         if name is not None:
             if name not in found:
                 raise nothing(log.store, name)
-            return [read_pointer(log.store, name, number) for number in found[name]]
-        return [read_pointer(log.store, word, known[-1]) for word, known in found.items()]
+            return _readable(log.store, [(name, number) for number in found[name]])
+        return _readable(log.store, [(word, known[-1]) for word, known in found.items()])
+
+
+def _readable(store: Store, marks: Sequence[tuple[str, int]]) -> list[Pointer]:
+    """Those that can be read: one that is damaged must not hide the others."""
+    found: list[Pointer] = []
+    lost: IntegrityError | None = None
+    for name, number in marks:
+        try:
+            found.append(read_pointer(store, name, number))
+        except IntegrityError as error:
+            lost = error
+            _log.warning("a pointer is left out: %s", error)
+    if lost is not None and not found:
+        raise lost
+    return found
 
 
 def nothing(store: Store, name: str) -> ConfigError:

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gpumove.config import Config
@@ -73,8 +73,8 @@ def publish(
     """
     check_name(name)
     live = None if outputs is None else read(outputs)
-    with open_run(url, config=config, storage_options=storage_options) as log:
-        checkpoint = pick(log.read(), step, url=log.store.url)
+    with _at_home(url, config, storage_options) as log:
+        checkpoint = pick(log.view, step, url=log.store.url)
         if checkpoint.number in log.view.damaged:
             raise IntegrityError(f"step {checkpoint.step} is known to be damaged: publish another checkpoint")
         manifest = read_manifest(log.store, checkpoint)
@@ -120,7 +120,7 @@ def promote(
     """
     check_name(source), check_name(name)
     live = None if outputs is None else read(outputs)
-    with open_run(url, config=config, storage_options=storage_options) as log:
+    with _at_home(url, config, storage_options) as log:
         pointer = newest_of(log.store, source)
         manifest = read_manifest(log.store, pick(log.read(), pointer, url=log.store.url))
         if live is None and gate:
@@ -159,7 +159,7 @@ def demote(
         FencedError: this is a replica, or the run was moved away.
     """
     check_name(name)
-    with open_run(url, config=config, storage_options=storage_options) as log:
+    with _at_home(url, config, storage_options) as log:
         known = numbers(log.store, name).get(name)
         if not known:
             raise nothing(log.store, name)
@@ -168,7 +168,8 @@ def demote(
         newest = read_pointer(log.store, name, known[-1])
         if newest.previous is None:
             raise ConfigError(
-                f"{newest.mark} is the first: there is nothing to go back to (--retire takes the name out of use)",
+                f"nothing is known that {name} stood for before {newest.mark}: there is nothing to go back to "
+                "(--retire takes the name out of use)",
                 code="config.no_earlier",
             )
         if newest.previous not in known:
@@ -184,6 +185,14 @@ def demote(
 
 
 # -------------------------------------------------------------------- what they share
+
+
+@contextlib.contextmanager
+def _at_home(url: str, config: Config | None, storage_options: Options) -> Iterator[Log]:
+    """A run, read, where its names are made."""
+    with open_run(url, config=config, storage_options=storage_options) as log:
+        _check_here(log.read(), log.store.url)
+        yield log
 
 
 def _passed(manifest: Manifest, live: Any, probe: str | None, tolerance: float | None) -> dict[str, Any]:

@@ -46,7 +46,10 @@ def aside(modules: Sequence[nn.Module]) -> Iterator[None]:
             if isinstance(part, FSDPModule):
                 part.reshard()  # after a forward without backward FSDP2 leaves some parameters whole
     if weights != _versions(p for module in modules for p in module.parameters()):
-        raise ConfigError("it has changed parameters of the model: a probe only looks", code="config.probe_writes")
+        raise ConfigError(
+            "it has changed parameters of the model, and they stay so: a probe only looks. It is not run again",
+            code="config.probe_writes",
+        )
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

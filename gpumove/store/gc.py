@@ -11,7 +11,7 @@ from gpumove.format import keys
 from gpumove.format.manifest import FORMAT, Checkpoint, Collect, LogEntry
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
-from gpumove.store.pointers import settled
+from gpumove.store.pointers import likely, settled
 from gpumove.store.records import reachable
 from gpumove.store.view import View
 
@@ -78,6 +78,11 @@ def plan(store: Store, view: View, retention: Retention, *, reach: Callable[[Che
                 doomed.append(found.key)
                 size += found.nbytes
     return Plan(kept, dropped, tuple(doomed), size, unreadable)
+
+
+def surplus(view: View, retention: Retention) -> int:
+    """About how many checkpoints a collection would drop. Asks no store."""
+    return len(view.checkpoints) - len(retention.kept(likely(view)))
 
 
 def _needed(

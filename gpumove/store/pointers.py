@@ -93,3 +93,22 @@ def settled(store: Store, view: View) -> View:
         view,
         checkpoints=tuple(msgspec.structs.replace(c, pointers=tuple(sorted(marks(c)))) for c in view.checkpoints),
     )
+
+
+def likely(view: View) -> View:
+    """The view with the marks that are likely still needed, by the log alone: the two newest of each name.
+
+    A log keeps every mark until it is collected. To tell whether a collection is worth it, those of all the checkpoints
+    that a name has ever stood for must not count: a name that stands for each new one would keep them all.
+    """
+    known: dict[str, set[int]] = {}
+    for name, number in (read_mark(mark) for c in view.checkpoints for mark in c.pointers):
+        known.setdefault(name, set()).add(number)
+    least = {name: min(sorted(found)[-2:]) for name, found in known.items()}
+
+    def marks(checkpoint: Checkpoint) -> Iterable[str]:
+        return (m for m in checkpoint.pointers for name, number in [read_mark(m)] if number >= least[name])
+
+    return replace(
+        view, checkpoints=tuple(msgspec.structs.replace(c, pointers=tuple(marks(c))) for c in view.checkpoints)
+    )

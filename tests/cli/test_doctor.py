@@ -49,7 +49,7 @@ def test_a_store_without_a_run(scheme: str, tmp_path: Path) -> None:
 def test_a_run_is_read_and_left_alone(tmp_path: Path) -> None:
     train(str(tmp_path / "run"), [1])
     before = objects(tmp_path / "run")
-    assert "1 checkpoints, the newest checkpoint is of step 1" in look(str(tmp_path / "run"))["run"].found
+    assert "1 checkpoint, the newest checkpoint is of step 1" in look(str(tmp_path / "run"))["run"].found
     assert objects(tmp_path / "run") == before
 
 
@@ -238,7 +238,7 @@ def test_a_store_that_cannot_be_reached_leaves_the_rest(
     said = capsys.readouterr().out
     assert "ok   machine" in said
     assert "FAIL reach" in said
-    assert "FAIL bandwidth" in said
+    assert "bandwidth" not in said, "it is not waited for a second time"
 
 
 def test_a_store_that_does_not_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

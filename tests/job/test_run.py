@@ -234,3 +234,7 @@ def test_wrong_calls(tmp_path: Path) -> None:
         code, out = running.end()
         assert code == 2, running.log
         assert message in running.log + out
+    running = Running.__new__(Running)
+    running.folder, running.nproc, running._log = tmp_path, 0, tmp_path / "stderr"
+    running.start([*GPUMOVE, "run", str(tmp_path), "--", "x.py"], {"GPUMOVE_CERTIFY": "5"})
+    assert (running.end()[0], "would save nothing" in running.log) == (2, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -318,6 +319,72 @@ def test_the_way_back_leaves_out_what_came_over_before(recorded: Place, stage: S
     assert read(stage.source)[0] == 3
 
 
+def commit(stage: Stage, step: int) -> None:
+    """The target's job commits."""
+    with stage.target.log() as log:
+        newest = log.view.checkpoints[-1]
+        log.append(lambda view, number: msgspec.structs.replace(newest, number=number, epoch=view.epoch, step=step))
+
+
+def test_a_checkpoint_may_come_before_the_first_word(stage: Stage) -> None:
+    def arrive() -> Any:
+        with stage.target.log() as log:
+            log.claim(resumed=log.view.find().number)  # type: ignore[union-attr]
+        commit(stage, 4)
+        return log
+
+    stage.arrive = arrive  # type: ignore[method-assign]
+    late = threading.Timer(0.5, lambda: say(stage, step=203, over=True, findings=[LOSS]))
+
+    def speak(event: Event) -> None:
+        if event.state == "watch" and not late.ident:
+            late.start()
+
+    stage.hook = speak
+    assert stage.move(WATCH).findings == ("step 12: the loss is 9",)
+
+
+def test_a_watch_ends_where_the_job_goes_on_past_it_and_says_nothing(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aftercare, "_WORD_S", 0.1)
+    arrive(stage)
+    seen: list[str] = []
+
+    def speak(event: Event) -> None:
+        if event.state == "watch" and not seen:
+            seen.append(event.text)
+            commit(stage, 300)
+
+    stage.hook = speak
+    done = stage.move(WATCH)
+    assert (done.phase, done.findings) == ("done", ())
+    assert "gone on past the watch" in done.text
+    assert pins(stage.source) == []
+
+
+def test_what_was_not_compared_is_told(stage: Stage) -> None:
+    done = watched(stage, WATCH, {"step": 203, "over": True, "unjudged": ["the loss, because of nothing"]})
+    assert "not compared: the loss, because of nothing" in done.text
+
+
+def test_how_long_silence_may_last_is_remembered(stage: Stage) -> None:
+    arrive(stage)
+
+    def kill(event: Event) -> None:
+        if event.state == "watch":
+            raise Killed
+
+    stage.hook = kill
+    with pytest.raises(Killed):
+        stage.move(replace(ROLLBACK, gone_after_s=0.5))
+    stage.hook = lambda event: None
+    began = time.monotonic()
+    done = stage.move(replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0), resume=True)
+    assert time.monotonic() - began < 15
+    assert "nothing was heard" in done.findings[0]
+
+
 def test_wrong_wishes_are_refused(stage: Stage) -> None:
     with pytest.raises(ConfigError, match="--rollback"):
         stage.move(replace(WISHES, discard=True))
@@ -344,6 +411,7 @@ def said(**facts: Any) -> Move:
         (["--step-ratio", "0"], "--step-ratio takes a number"),
         (["--step-ratio", "nan"], "--step-ratio takes a number"),
         (["--watch", "--rollback"], "not watched"),
+        (["--watch", "--no-wait"], "leave out --no-wait"),
         (["--discard"], "is for a way back"),
     ],
 )

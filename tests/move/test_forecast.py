@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import msgspec
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gpumove.move.cutover import Rhythm, behind_s
+from gpumove.format.manifest import Checkpoint
+from gpumove.move.cutover import Rhythm, behind_s, step_s
+from gpumove.move.precopy import _Since
 from tests.move.stage import Stage, tape
 
 _TICK_S = 0.005
@@ -152,3 +155,25 @@ def test_the_mover_takes_the_rhythm_of_the_job_from_its_commits(apart_s: float, 
         mover._precopy.next_step()
         assert "behind" not in mover._precopy.facts()["forecast_parts"], "a few bytes, and a second until it is heard"
     stage.close()
+
+
+def test_commits_are_counted_though_retention_takes_them_away() -> None:
+    recorded = tape()
+    with recorded.log() as log:
+        line = [numbered(c, 20 + place) for place, c in enumerate(log.view.checkpoints)]
+    since = _Since(21)
+    assert since.count(line[:2]) == 0
+    assert [since.count(line[place : place + 2]) for place in range(1, 5)] == [1, 2, 3, 4]
+    assert since.count(line[-1:]) == 4
+
+
+def test_a_clock_that_was_set_back_tells_no_step_time() -> None:
+    recorded = tape()
+    with recorded.log() as log:
+        first, last = log.view.checkpoints[0], log.view.checkpoints[-1]
+    assert step_s([first, msgspec.structs.replace(last, epoch=first.epoch, time=first.time)]) is None
+    assert step_s([first, msgspec.structs.replace(last, epoch=first.epoch, time=first.time - 5.0)]) is None
+
+
+def numbered(checkpoint: Checkpoint, number: int) -> Checkpoint:
+    return msgspec.structs.replace(checkpoint, number=number)

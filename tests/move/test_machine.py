@@ -423,10 +423,10 @@ def test_beside_a_long_round_saves_are_held_back_and_the_mover_says_that_it_is_t
         begun = tool.view.move
         assert begun is not None
         tool.move("begin", move=begun.move, other=begun.other, facts={"job": {"save_s": 2.0}})
-    outpaced = False
-    with stage.source.log() as log, Herald(log, lambda: outpaced) as herald:
+    crowded = False
+    with stage.source.log() as log, Herald(log, lambda: crowded) as herald:
         head = stage.look(stage.source).head
-        outpaced = True
+        crowded = True
         time.sleep(0.2)
         assert stage.look(stage.source).head == head, "it speaks while a round runs only"
         herald.copying = True

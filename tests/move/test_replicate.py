@@ -226,6 +226,7 @@ def test_errors(call: Any, pair: tuple[Place, Place, dict[int, str]], tmp_path: 
     code, out, err = call(source, target, "--json", "--step", "7")
     assert code == 2
     assert json.loads(out)["code"] == "config.no_checkpoint"
+    assert target.keys() == {}
     code, _, err = call(source, source)
     assert code == 2
     with source.log() as log:

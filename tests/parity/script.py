@@ -20,10 +20,13 @@ def main(way: str) -> None:
     if way == "crashes":
         raise ValueError("no data here")
     job = new_job()
-    with gpumove.Checkpointer(os.environ["GPUMOVE_URL"], **job.parts(), every_steps=1, every_s=None) as ckpt:
+    url = os.environ["GPUMOVE_URL"] + ("-other" if way == "elsewhere" else "")
+    with gpumove.Checkpointer(url, **job.parts(), every_steps=1, every_s=None) as ckpt:
         step = ckpt.restore()
         BROKEN.get(way, lambda job: None)(job)
-        step = loop(job, ckpt, step, 100, heed=way != "ignores")
+        step = loop(job, ckpt, step, step + 2 if way == "fails-early" else 100, heed=way != "ignores")
+        if way == "fails-early":
+            raise ValueError("no memory")
         ckpt.save(step, pinned=True).wait()
     if way == "fails-later":
         raise ValueError("no room for the result")

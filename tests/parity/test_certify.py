@@ -191,6 +191,8 @@ def chosen(run: Path, steps: int, **options: Any) -> tuple[int, list[int]]:
 def test_only_the_same_line_of_descent_counts(run: Path) -> None:
     assert chosen(run, 10) == (30, list(range(31, 41)))
     assert chosen(run, 3, step=10) == (10, [11, 12, 13])
+    with open_run(str(run)) as log, pytest.raises(IntegrityError, match="no sound checkpoint of step 10"):
+        find_followed(log, 3, step=10, without=[c.number for c in log.read().checkpoints])
     job = new_job()
     with gpumove.Checkpointer(str(run), **job.parts(), every_s=None) as ckpt:
         step = ckpt.restore(step=20)  # 30 and 40 are another line from here on

@@ -129,9 +129,10 @@ def test_modes_are_flags_and_nothing_else() -> None:
 def test_a_probe_that_fails_costs_a_warning(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url, plain = str(tmp_path / "run"), new_job()
     plain.train(0, 4)
-    expected, job = plain.fingerprint(), new_job()
+    expected, job, runs = plain.fingerprint(), new_job(), []
 
     def bad() -> Any:
+        runs.append(how)
         if how == "raises":
             torch.rand(5)
             raise RuntimeError("out of luck")
@@ -154,6 +155,7 @@ def test_a_probe_that_fails_costs_a_warning(how: str, tmp_path: Path, caplog: py
     words = {"raises": "out of luck", "writes": "changed parameters"}.get(how, "give tensors")
     assert len(said) == 1
     assert words in said[0]
+    assert (len(runs) == 1) == (how == "writes"), "what it has written cannot be put back, so that it is not run again"
 
 
 def test_what_cannot_be_registered(tmp_path: Path) -> None:

@@ -89,6 +89,21 @@ def test_a_job_that_compares_nothing_is_no_good_one(folder: Path, way: str, code
 
 
 @pytest.mark.slow
+def test_a_job_that_fails_on_the_way_is_no_good_one(folder: Path) -> None:
+    code, out, _ = certify(folder, "fails-early", "--json")
+    told = json.loads(out)
+    assert (code, told["certificate"]["verdict"], len(told["certificate"]["steps"])) == (1, "bitwise", 2)
+    assert "no memory" in told["job"]
+
+
+@pytest.mark.slow
+def test_a_script_that_opens_another_run_is_refused(folder: Path) -> None:
+    train(Path(f"{folder / 'run'}-other"), 8, every=4)
+    code, out, _ = certify(folder, "elsewhere")
+    assert (code, "is to be certified, and the script opens" in out) == (2, True)
+
+
+@pytest.mark.slow
 def test_one_checkpoint_is_unknown_and_no_run_is_a_wrong_call(tmp_path: Path) -> None:
     code, out, _ = certify(tmp_path, "well")
     assert (code, "there is no run at" in out) == (2, True)
@@ -99,17 +114,18 @@ def test_one_checkpoint_is_unknown_and_no_run_is_a_wrong_call(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_one_leaves_no_process_behind(folder: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 51), (signal.SIGKILL, -9)])
+def test_an_interrupted_one_leaves_no_process_behind(folder: Path, number: signal.Signals, code: int) -> None:
     process = start(folder, "hangs")
     assert process.stderr is not None
     while "it hangs" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(number)
     began = time.monotonic()
-    assert process.wait(WAIT_S) == (-9 if number == signal.SIGKILL else 51)
+    assert process.wait(WAIT_S) == code
     assert time.monotonic() - began < 15
-    process.communicate()
+    out, _ = process.communicate()
+    assert out.strip() == ("unknown: it was ended before anything was compared (sigterm)" if code == 51 else "")
     until = time.monotonic() + 10
     while subprocess.run(["pgrep", "-f", str(folder / "run")], capture_output=True).stdout.split():
         assert time.monotonic() < until
@@ -121,5 +137,7 @@ def test_wrong_words(folder: Path) -> None:
     for options, said in ((("--steps", "0"), "above 0"), (("--tolerance", "0"), "certify_tolerance")):
         code, _, err = certify(folder, "well", *options)
         assert (code, said in err) == (2, True), err
+    code, _, err = certify(folder, "well", "--output", str(folder / "none" / "c.json"))
+    assert (code, "another place with --output" in err, "certifying" in err) == (2, True, False), err
     alone = subprocess.run([*GPUMOVE, "certify", str(folder / "run")], capture_output=True, text=True, cwd=ROOT)
     assert (alone.returncode, "nothing to run" in alone.stderr) == (2, True)

@@ -99,6 +99,7 @@ def test_last_bits_are_within_tolerance_and_the_largest_is_named() -> None:
     assert (found.verdict, found.cause, found.largest_step) == ("within tolerance", "numerics", 10)
     assert found.largest == pytest.approx(1e-6, rel=1e-3)
     assert "no loss differs by more than 0.0001 %; the loss differs from step 1 on" in found.why
+    assert "the loss of step 1 differs by 570 %: " in certify(lambda s: 5.7).why
 
 
 def test_a_jump_is_no_rounding_where_bits_could_be_expected() -> None:
@@ -161,6 +162,7 @@ def test_nan_is_nan_and_losses_may_cross_zero() -> None:
     assert judge(rows(nan), rows(nan), SAME).verdict == "bitwise"
     found = judge(rows(), rows(nan), OTHER)
     assert (found.verdict, found.largest, found.steps[0].after) == ("different", None, "nan")
+    assert found.why.startswith("the loss of step 1 was 3.1 and is nan: parameters or buffers")
     small = [TraceRow(s, (s - 5) * 1.0 + 1e-12, {}) for s in range(1, 11)]
     moved = [TraceRow(s, (s - 5) * 1.0 - 1e-12, {}) for s in range(1, 11)]
     assert judge(small, moved, OTHER).verdict == "within tolerance"

@@ -238,6 +238,16 @@ def _json(folder: Path) -> str:
     return f"[{','.join(p.read_text() for p in sorted(folder.iterdir()))}]"
 
 
+def test_a_copy_is_no_other_side(tmp_path: Path) -> None:
+    source, copy = str(tmp_path / "a"), str(tmp_path / "b")
+    train(source, 20)
+    gpumove.replicate(source, copy)
+    text = Reader(report([source, copy])).text
+    assert "this run: " in text
+    assert "the move:" not in text
+    assert "one side has no fingerprint" not in text
+
+
 def test_two_runs_that_have_nothing_to_do_with_each_other(tmp_path: Path) -> None:
     for name in "ab":
         train(str(tmp_path / name), 20)

@@ -226,8 +226,7 @@ def test_a_dtype_or_shape_that_changes_is_stored_anew(url: str) -> None:
 
 
 def test_a_damaged_base_is_named_before_anything_is_copied(url: str) -> None:
-    run(url, Plain(), 2)  # in one life: the first save after a resume is a difference only if it comes late enough
-    assert look(url, 2).chain == 1
+    run(url, Plain(), 2)
     (pack,) = (Path(url) / "packs").glob("00000001-00000001/*.safetensors")
     flip(pack, pack.stat().st_size // 2)
     job = Plain(seed=9)

@@ -99,7 +99,7 @@ def test_publish_promote_demote(url: str, outputs: dict[int, torch.Tensor]) -> N
     back = gpumove.demote(url, "production", text="slower than it was")
     assert (back.step, back.number, back.action, back.previous, back.gate) == (2, 4, "demote", None, up.gate)
     assert gpumove.resolve(url, "canary").step == 4
-    with pytest.raises(ConfigError, match="production/4 is the first"):
+    with pytest.raises(ConfigError, match="stood for before production/4: there is nothing to go back to"):
         gpumove.demote(url, "production")
     assert [p.step for p in gpumove.pointers(url, "production")] == [2, 4, 4, 2]
     assert {p.name: p.step for p in gpumove.pointers(url)} == {"canary": 4, "production": 2}
@@ -223,6 +223,18 @@ def test_it_goes_on_beside_a_training_that_is_not_disturbed(tmp_path: Path) -> N
 # -------------------------------------------------------------------- retention
 
 
+def test_a_name_that_stands_for_each_new_checkpoint_keeps_few(tmp_path: Path) -> None:
+    url, job = str(tmp_path / "run"), new_job()
+    with gpumove.Checkpointer(url, **job.parts(), keep_last=1, every_s=None) as ckpt:
+        ckpt.restore()
+        for step in range(1, 11):
+            job.train(step - 1, step, ckpt)
+            ckpt.save(step).wait(60)
+            gpumove.publish(url, step, "latest")
+    assert len(steps(url)) <= 4
+    assert gc(url) == [9, 10]
+
+
 def test_retention_keeps_what_pointers_need_and_nothing_else(url: str) -> None:
     for step in (1, 2, 3):
         gpumove.publish(url, step, "canary")
@@ -314,6 +326,18 @@ def test_a_pointer_that_cannot_be_read(url: str, how: str, tmp_path: Path) -> No
     assert gc(url) == [4, 5]
 
 
+def test_a_pointer_that_cannot_be_read_hides_no_other(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        gpumove.publish(url, step, "canary")
+    gpumove.publish(url, 3, "production")
+    (tmp_path / "run" / "pointers" / "canary" / f"{2:020d}.json").write_bytes(b"?")
+    assert [p.mark for p in gpumove.pointers(url)] == ["production/1"]
+    assert [p.mark for p in gpumove.pointers(url, "canary")] == ["canary/1"]
+    assert sum("a pointer is left out" in r.getMessage() for r in caplog.records) == 2
+
+
 # -------------------------------------------------------------------- elsewhere
 
 
@@ -321,8 +345,9 @@ def test_a_replica_and_a_run_that_was_moved_away(url: str, tmp_path: Path) -> No
     there = str(tmp_path / "there")
     gpumove.publish(url, 5, "canary")
     gpumove.replicate(url, there)
-    with pytest.raises(FencedError, match=r"is a replica of .*: publish there"):
-        gpumove.publish(there, 5, "production")
+    for refused in (lambda: gpumove.publish(there, 5, "production"), lambda: gpumove.demote(there, "canary")):
+        with pytest.raises(FencedError, match=r"is a replica of .*: publish there"):
+            refused()
     with open_run(url) as log:
         log.read()
         log.move("sealed", move="0" * 16, other="file:///elsewhere")
@@ -416,6 +441,19 @@ def test_pointers_travel_with_their_checkpoints(url: str, tmp_path: Path) -> Non
     make_more(there, 8)
     assert gpumove.publish(there, 8, "canary").number == 4
     assert gc(there) == [5, 8]
+
+
+def test_a_name_that_went_back_to_what_is_not_there_stays_behind(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpumove.publish(url, 2, "production")
+    gpumove.publish(url, 5, "production")
+    gpumove.demote(url, "production")
+    gpumove.replicate(url, str(tmp_path / "there"))
+    assert gpumove.pointers(str(tmp_path / "there")) == [], "or followers there would get what was taken back"
+    assert any("production/3 stays behind: it stands for step 2" in r.getMessage() for r in caplog.records)
+    gpumove.replicate(url, str(tmp_path / "all"), step="all")
+    assert gpumove.resolve(str(tmp_path / "all"), "production").step == 2
 
 
 def make_more(url: str, until: int) -> None:
