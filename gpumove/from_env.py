@@ -19,6 +19,7 @@ import msgspec
 from gpumove.errors import ConfigError, GpumoveError
 from gpumove.notices.notice import Notice, Outcome
 from gpumove.prctl import end_with_parent
+from gpumove.store.address import parse
 
 State = Literal["training", "left", "finished", "failed"]
 T = TypeVar("T")
@@ -124,6 +125,14 @@ def where(url: str | None, folder: str | None) -> tuple[str, dict[str, Any]]:
             "`gpumove run URL -- ...`, set the variable, or use Checkpointer(URL, ...)"
         )
     return url, RunFolder(folder).options() if folder else {}
+
+
+def another(url: str | None, folder: str | None, opened: str) -> str | None:
+    """The run that the launcher was given, if a script opens another one than that; None without a launcher."""
+    if url is None or folder is None:
+        return None
+    asked, here = parse(url), parse(opened)
+    return None if (asked.family, asked.root) == (here.family, here.root) else asked.url
 
 
 class Worker:

@@ -17,6 +17,7 @@ from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError, GpumoveError, describe, rebuild
 from gpumove.fetch import fetch
 from gpumove.format.manifest import Checkpoint, Manifest
+from gpumove.from_env import another
 from gpumove.lazy import Late, beside
 from gpumove.meeting import Claimed, Told
 from gpumove.ranges import Wanted
@@ -97,6 +98,12 @@ class Takeover:
 
     def _claim_here(self, step: int | None, only_if_new: bool, follow: bool) -> Claimed:
         """On rank 0. An error is part of the answer, so that no rank waits for one that will not come."""
+        url = self._book.store.url
+        if (asked := another(*self._config.run_place(), url)) is not None:
+            _log.warning(
+                "gpumove run was given %s, and the script opens %s: that one is what is trained and saved. Use "
+                "Checkpointer.from_env in it, or the variable GPUMOVE_URL", asked, url,
+            )  # fmt: skip
         try:
             run = self._book.run if follow else self._book.open(create=True)
             self._book.follow() if follow else self._book.read()

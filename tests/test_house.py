@@ -80,7 +80,7 @@ LAYERS = [
     [
         "cadence", "steplog", "handle", "telemetry", "parity.recorder", "parity.probe", "health", "parity.watching",
         "watchdog", "meeting", "staged",
-        "retention", "runner", "saver", "lazy", "waiting", "takeover", "from_env", "parity.replay",
+        "retention", "runner", "saver", "lazy", "waiting", "from_env", "takeover", "parity.replay",
         "leave.deadline", "leave.countdown", "leave.board", "leave.messages", "leave.pulse", "leave.departure",
         "leave.requests",
         "leave.council", "leave.leaving", "leave.way_out",

@@ -16,7 +16,7 @@ from gpumove.environment.compare import numeric, of, same_devices
 from gpumove.environment.fingerprint import fingerprint
 from gpumove.errors import ConfigError, GpumoveError, IntegrityError, describe, rebuild
 from gpumove.format.manifest import Checkpoint
-from gpumove.from_env import RunFolder
+from gpumove.from_env import RunFolder, another
 from gpumove.handle import SaveHandle
 from gpumove.meeting import Described
 from gpumove.parity.followed import Followed, find_followed
@@ -24,7 +24,6 @@ from gpumove.parity.recorder import Recorder, told
 from gpumove.parity.rows import Setting
 from gpumove.parity.verdict import Certificate, judge
 from gpumove.state.peers import Peers
-from gpumove.store.address import parse
 from gpumove.store.log import Log
 from gpumove.takeover import Takeover
 
@@ -92,14 +91,10 @@ class Replay:
 
     def _check_place(self) -> None:
         """A script may name a URL by itself: then it is not the run that was asked about."""
-        url, folder = self._config.run_place()
-        if url is None or folder is None:
-            return
-        asked, here = parse(url), parse(self._book.store.url)
-        if (asked.family, asked.root) != (here.family, here.root):
+        if (asked := another(*self._config.run_place(), self._book.store.url)) is not None:
             raise ConfigError(
-                f"{asked.url} is to be certified, and the script opens {here.url}: use Checkpointer.from_env in it, or "
-                "the variable GPUMOVE_URL"
+                f"{asked} is to be certified, and the script opens {self._book.store.url}: use Checkpointer.from_env "
+                "in it, or the variable GPUMOVE_URL"
             )
 
     # ---------------------------------------------------------------- training
