@@ -101,6 +101,7 @@ def stop(job: Job) -> None:
     while not job.task.flag("stop").exists():
         step += 1
         job.train(step)
+        job.checkpointer.step(step)
     job.checkpointer.save(step).wait()
     job.say("left", step=step, outcome="saved")
     job.say("digest", step=step, digest=job.state.digest())

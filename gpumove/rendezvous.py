@@ -34,6 +34,8 @@ class Rendezvous:
     seat: Seat
     next_step: int = 0
     """Of the next meeting."""
+    cold: bool = False
+    """Whether memory to stage into is still to be made ready."""
 
     def meet(self, step: int, *, began: float, force: bool, pinned: bool) -> Told | None:
         """Learn what rank 0 decides, and do it.
@@ -84,10 +86,11 @@ class Rendezvous:
         if verdict.replan:
             self.saver.planner.agree(capture)
         layout = self.saver.lay_out(capture)
-        if not verdict.save:
-            if verdict.replan or self.takeover.resumed:
-                self.saver.runner.prepare(layout.sources)
-            self.takeover.resumed = False
+        self.cold |= verdict.replan or self.takeover.resumed
+        if self.cold and not verdict.save and not self.saver.running():
+            # Also where the first meeting was a save: the second one stages into memory that nothing has touched yet.
+            self.saver.runner.prepare(layout.sources)
+            self.cold = self.takeover.resumed = False
         return layout
 
     def _save(
