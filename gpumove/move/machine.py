@@ -20,7 +20,7 @@ from gpumove.move.copier import Progress
 from gpumove.move.cutover import Choice, Next
 from gpumove.move.entries import Entries, OvertakenError
 from gpumove.move.herald import Herald
-from gpumove.move.phase import Ends, Phase, phase
+from gpumove.move.phase import Ends, Phase, lost_steps, phase
 from gpumove.move.precopy import Precopy, describe
 from gpumove.move.report import Event, Report, Wishes
 from gpumove.move.rounds import Rounds
@@ -146,13 +146,19 @@ class Mover:
                 self._precopy.count()
                 return
         except IntegrityError as error:
-            self._entries.event("damaged", f"a checkpoint is passed over: {error}")
+            self._entries.event("damaged", f"it is sent again: {error}")
         self._entries.wait(following.why)
         self._precopy.wait(_POLL_S)
 
     def _bring(self) -> bool:
-        """Copy the source's newest checkpoint; whether there was anything to copy."""
-        found = self.rounds.once(progress=self._progress)
+        """Copy the source's newest checkpoint; whether there was anything to copy that can be."""
+        try:
+            found = self.rounds.once(progress=self._progress)
+        except IntegrityError as error:
+            if error.code == "integrity.transfer":
+                raise
+            self._entries.event("damaged", f"a checkpoint is passed over: {error}")
+            return False
         if found is not None:
             self._entries.event("round", describe(found))
         return found is not None
@@ -243,11 +249,7 @@ class Mover:
 
     def _seal_late(self) -> None:
         """The target was handed the run while the source could not be reached; now it can."""
-        view = self.source.view
-        newest = view.find()
-        kept = {c.attempt for c in self.target.view.checkpoints}
-        common = max((c.number for c in view.checkpoints if c.attempt in kept), default=0)
-        lost = sorted({c.step for c in view.checkpoints if c.number > common})
+        newest, lost = self.source.view.find(), lost_steps(self.source.view, self.target.view)
         also = f"; what was committed here since the handover is not part of the run: steps {lost[-5:]}" if lost else ""
         facts = {"step": None if newest is None else newest.step, "forced": True}
         self._entries.enter("sealed", facts=facts, text=f"sealed late{also}")

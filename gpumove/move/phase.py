@@ -128,3 +128,10 @@ def goes_back(source: View, target: View, ends: Ends) -> bool:
 
 def _leads(move: Move, to: str) -> bool:
     return move.state in UNDER_WAY and move.other == to
+
+
+def lost_steps(source: View, target: View) -> list[int]:
+    """Steps that were committed at the source after the last checkpoint that both have."""
+    kept = {c.attempt for c in target.checkpoints}
+    common = max((c.number for c in source.checkpoints if c.attempt in kept), default=0)
+    return sorted({c.step for c in source.checkpoints if c.number > common})

@@ -507,3 +507,22 @@ def test_a_target_that_is_lost_gives_the_run_back_only_by_force(stage: Stage, mo
         log.open(create=False)
         log.read()
         log.claim()
+
+
+def test_a_damaged_checkpoint_that_comes_while_the_job_is_asked_is_passed_over(stage: Stage) -> None:
+    """The one after it is sound, and is what the job leaves with."""
+
+    def spoil(event: Event) -> None:
+        if event.state == "request":
+            made = stage.commit()
+            stage.deaf = True  # the job goes on for one more step
+            with stage.source.open() as store:
+                store.delete([made.manifest_key])
+        elif event.state == "damaged":
+            stage.deaf = False
+
+    stage.hook = spoil
+    done = stage.move()
+    assert "damaged" in states(stage)
+    assert (done.phase, done.step) == ("done", 4)
+    assert read(stage.target)[0] == 4
