@@ -31,6 +31,7 @@ from rich.table import Table
 import gpumove
 from examples.demo_picture import draw
 from examples.looks import bars, console, say
+from examples.sizes import parse_sizes
 from examples.train_gpt import GPT, make_optimizer
 
 KILLS = ((0.25, 0.45), (0.6, 0.8))
@@ -240,18 +241,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for everything (default out/demo)")
     parser.add_argument("--quick", action="store_true", help="fewer steps of a smaller model")
     parser.add_argument("--dice", type=int, help="seed of the moments of the kills; a new one each time by default")
-    for name in ("steps", "every-steps", "batch", "context", "layers", "width"):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    sizes = {"steps": 405, "every-steps": 10, "batch": 8, "context": 128, "layers": 4, "width": 128}
+    quick = {"steps": 203, "every-steps": 5, "batch": 4, "context": 64, "layers": 3, "width": 96}
+    return parse_sizes(parser, sizes, quick)
 
 
 def main() -> int:
     args = parse()
-    sizes = {"steps": 405, "every-steps": 10, "batch": 8, "context": 128, "layers": 4, "width": 128}
-    quick = {"steps": 203, "every-steps": 5, "batch": 4, "context": 64, "layers": 3, "width": 96}
-    given = {name: getattr(args, name.replace("-", "_")) for name in sizes}
-    options = (quick if args.quick else sizes) | {name: value for name, value in given.items() if value is not None}
-    every, seed = options.pop("every-steps"), random.SystemRandom().randrange(10**6) if args.dice is None else args.dice
+    options = {name: getattr(args, name) for name in ("steps", "batch", "context", "layers", "width")}
+    every, seed = args.every_steps, random.SystemRandom().randrange(10**6) if args.dice is None else args.dice
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for run in ("uninterrupted", "killed"):  # what an earlier demonstration has left, and nothing else

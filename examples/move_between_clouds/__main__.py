@@ -30,6 +30,7 @@ from examples.looks import bars, console, say
 from examples.move_between_clouds.clouds import Cloud, environment, two_clouds
 from examples.move_between_clouds.picture import draw
 from examples.move_between_clouds.processes import Running, Stage
+from examples.sizes import parse_sizes
 
 RANKS = 2
 NEVER = 10**9
@@ -206,13 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--most-s", type=float, default=900, help=argparse.SUPPRESS)
     sizes = {"steps": 600, "move-at": 100, "every-steps": 20, "batch": 4, "context": 128, "layers": 4, "width": 128}
     quick = {"steps": 700, "move-at": 50, "every-steps": 40, "batch": 4, "context": 64, "layers": 3, "width": 96}
-    for name in sizes:
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    for name, value in (quick if args.quick else sizes).items():
-        key = name.replace("-", "_")
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    return args
+    return parse_sizes(parser, sizes, quick)
 
 
 def main() -> int:

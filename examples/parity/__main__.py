@@ -27,6 +27,7 @@ from rich.table import Table
 from examples.looks import bars, console, say
 from examples.parity.cases import CASES, DIFFERENT, Case, Numbers, wrong
 from examples.parity.picture import draw
+from examples.sizes import parse_sizes
 from gpumove.parity.verdict import Certificate, read_certificate
 from gpumove.words import percent
 
@@ -162,13 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--most-s", type=float, default=300, help=argparse.SUPPRESS)
     sizes = {"steps": 100, "every-steps": 25, "certify": 20, "batch": 8, "context": 64, "layers": 3, "width": 96}
     quick = {"steps": 45, "every-steps": 15, "certify": 10, "batch": 8, "context": 64, "layers": 2, "width": 64}
-    for name in sizes:
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    for name, value in (quick if args.quick else sizes).items():
-        key = name.replace("-", "_")
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    return args
+    return parse_sizes(parser, sizes, quick)
 
 
 def main() -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -498,8 +499,9 @@ def packs_of(place: Place, serial: int) -> set[str]:
     return {key for key in place.keys("packs") if key.startswith(f"packs/{keys.attempt_name(1, serial)}/")}
 
 
-def test_what_a_save_has_written_is_copied_before_it_is_committed(recorded: Place) -> None:
-    """The store has the packs of all saves; the log has two of them."""
+@contextlib.contextmanager
+def begun(recorded: Place) -> Iterator[tuple[Stage, Store, Store, Replica]]:
+    """A replica that has what was committed so far; the source has also the packs of saves that were not."""
     stage = Stage(recorded)
     with stage.source.open() as raw, stage.target.open() as there:
         following = replica(raw, there)
@@ -507,6 +509,13 @@ def test_what_a_save_has_written_is_copied_before_it_is_committed(recorded: Plac
         assert newest is not None
         assert not following.bring_early(), "the target is nobody's yet"
         following.bring(newest)
+        yield stage, raw, there, following
+    stage.close()
+
+
+def test_what_a_save_has_written_is_copied_before_it_is_committed(recorded: Place) -> None:
+    """The store has the packs of all saves; the log has two of them."""
+    with begun(recorded) as (stage, _, there, following):
         assert following.bring_early()
         assert packs_of(stage.target, 3) == packs_of(stage.source, 3) != set()
         assert packs_of(stage.target, 4) == packs_of(stage.source, 4) != set()
@@ -520,17 +529,11 @@ def test_what_a_save_has_written_is_copied_before_it_is_committed(recorded: Plac
         sent = following.bring(newest)
         assert sent is not None
         assert sent.nbytes > sum(there.exists(key).nbytes for key in packs_of(stage.target, 3))  # type: ignore[union-attr]
-    assert read(stage.target)[0] == 3
-    stage.close()
+        assert read(stage.target)[0] == 3
 
 
 def test_a_save_that_is_damaged_or_never_committed_is_no_error_before_its_commit(recorded: Place) -> None:
-    stage = Stage(recorded)
-    with stage.source.open() as raw, stage.target.open() as there:
-        following = replica(raw, there)
-        newest = following.look()
-        assert newest is not None
-        following.bring(newest)
+    with begun(recorded) as (stage, raw, _, following):
         broken = min(packs_of(stage.source, 3))
         data = bytearray(raw.get(broken))
         data[-1] ^= 1
@@ -543,19 +546,12 @@ def test_a_save_that_is_damaged_or_never_committed_is_no_error_before_its_commit
         assert newest is not None
         with pytest.raises(IntegrityError, match="damaged"):
             following.bring(newest)
-    stage.close()
 
 
 def test_an_older_epochs_replica_copies_nothing_early(recorded: Place) -> None:
     """Whoever is to write at the target must have claimed it for the source's owner of now."""
-    stage = Stage(recorded)
-    with stage.source.open() as raw, stage.target.open() as there:
-        following = replica(raw, there)
-        newest = following.look()
-        assert newest is not None
-        following.bring(newest)
+    with begun(recorded) as (stage, _, _, following):
         stage.job.claim()
         following.look()
         assert not following.bring_early()
         assert not packs_of(stage.target, 3)
-    stage.close()
