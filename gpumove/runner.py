@@ -66,6 +66,8 @@ class Runner:
         """Seconds of the last saves, from the call to the end of what this rank does for them, less those below."""
         self.sights: deque[float] = deque(maxlen=8)
         """Seconds that they waited to see the training thread: as a job leaves it is there."""
+        self._adoption: Future[None] | None = None
+        """What makes a restored checkpoint the predecessor of the first save."""
         self._written: int | None = None
         """Serial number of the snapshot that this process wrote last: what the writer's table is of."""
 
@@ -86,7 +88,8 @@ class Runner:
         """The restored checkpoint is the predecessor of the first save: ``snapshot`` has its bytes."""
         keep = self.keeps(snapshot.nbytes)
         self._stager.keep(snapshot if keep else None)
-        self._pending.append(self._thread.submit(self._adopt, table, snapshot, layout, capture, keep))
+        self._adoption = self._thread.submit(self._adopt, table, snapshot, layout, capture, keep)
+        self._pending.append(self._adoption)
 
     def _adopt(
         self, table: dict[ChunkKey, Stored], snapshot: Snapshot, layout: Layout, capture: Capture, keep: bool
@@ -126,9 +129,11 @@ class Runner:
         if abandon:
             self.abandon(handle)
         while self._pending:
-            # One that has not begun would only cost time; one that failed is no loss, since staging does the same.
+            # To touch memory that is used at once would only cost time; what the next save is coded against is worth a
+            # wait. One that failed is no loss, since staging does the same.
             future = self._pending[-1]
-            if not future.cancel() and not wait([future], _left(until)).done:
+            unwanted = future is not self._adoption and future.cancel()
+            if not unwanted and not wait([future], _left(until)).done:
                 return False
             self._pending.pop()
             if not future.cancelled() and (error := future.exception()) is not None:
