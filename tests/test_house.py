@@ -61,8 +61,8 @@ LAYERS = [
     [
         "move.two_ends", "move.pace", "move.regions", "move.lending", "move.copier", "move.needs", "move.admission",
         "move.replica", "move.pointers", "move.rounds", "move.plain", "move.replicate",
-        "move.phase", "move.cutover", "move.checks", "move.report", "move.entries", "move.baggage", "move.aftercare",
-        "move.precopy", "move.herald",
+        "move.phase", "move.cutover", "move.checks", "move.report", "move.patience", "move.entries", "move.baggage",
+        "move.aftercare", "move.precopy", "move.herald",
         "move.machine", "move.moving",
     ],
     [

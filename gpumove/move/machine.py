@@ -20,6 +20,7 @@ from gpumove.move.copier import Progress
 from gpumove.move.cutover import Choice, Next
 from gpumove.move.entries import Entries, OvertakenError
 from gpumove.move.herald import Herald
+from gpumove.move.patience import Patience
 from gpumove.move.phase import Ends, Phase, lost_steps, phase
 from gpumove.move.precopy import Precopy, describe
 from gpumove.move.report import Event, Report, Wishes
@@ -56,7 +57,7 @@ class Mover:
         self._allowed, self._progress = allowed, progress
         self._entries = Entries(ends, self.source, self.target, tell)
         self._precopy, self._baggage = Precopy(rounds, wishes), Baggage(self.source, self.target, wishes)
-        self._patience: tuple[int, float] = (0, 0.0)
+        self._patience = Patience(wishes.leave_timeout_s)
 
     # ---------------------------------------------------------------- the loop
 
@@ -189,13 +190,11 @@ class Mover:
         """Until the job says that it has left; what it commits meanwhile is copied already."""
         asked = self.source.view.move
         assert asked is not None
-        if self._patience[0] != asked.number:
-            self._patience = asked.number, time.monotonic() + self.wishes.leave_timeout_s
-        if time.monotonic() < self._patience[1]:
+        if not self._patience.ended(asked.number):
             if self._baggage.back_to is not None or not (self._bring() or self.rounds.replica.bring_early()):
                 time.sleep(_ASKED_S)
             return
-        late = f"the job did not leave within {self.wishes.leave_timeout_s:g} s"
+        late = f"the job did not leave within {self._patience.given_s:g} s"
         if self.wishes.force:
             self._entries.event("forced", f"{late}: going on without it, from its newest checkpoint")
             self._seal()

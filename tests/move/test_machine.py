@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -246,6 +248,36 @@ def test_a_job_that_is_started_again_is_asked_again(stage: Stage) -> None:
     assert claims
     assert states(stage) == ["begin", "request", "request", "sealed", "handover", "done"]
     assert stage.steps(stage.target)[-1] == 5
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_job_that_is_started_again_and_again_is_not_waited_for_without_end(recorded: Place, force: bool) -> None:
+    """Each of its lives is too short to read what is asked of it."""
+    stage, asked, lives = Stage(recorded, deaf=True), [], []
+
+    def begin_anew() -> None:
+        with contextlib.suppress(FencedError):  # after the seal
+            stage.job.claim()
+
+    def crash_soon(event: Event) -> None:
+        if event.state == "request":
+            asked.append(time.monotonic())
+            lives.append(threading.Timer(0.2, begin_anew))
+            lives[-1].start()
+
+    stage.hook = crash_soon
+    wishes = _wishes(leave_timeout_s=0.5, force=force)
+    if force:
+        assert stage.move(wishes).phase == "done"
+    else:
+        with pytest.raises(StoreError, match="did not leave within 1 s, and the request is withdrawn"):
+            stage.move(wishes)
+    for life in lives:
+        life.cancel()
+        life.join()
+    assert len(asked) > 2
+    assert time.monotonic() - asked[0] >= 1.0
+    assert stage.claimable() == ((False, True) if force else (True, False))
 
 
 def test_a_commit_just_before_the_seal_is_not_lost(recorded: Place) -> None:
