@@ -103,7 +103,7 @@ class Log:
         entries: list[LogEntry | Broken] = []
         head, present = numbers[-1], set(numbers)
         top = head
-        with ThreadPoolExecutor(min(_BATCH, head)) as pool:
+        with ThreadPoolExecutor(min(_BATCH, head), thread_name_prefix="gpumove-log") as pool:
             while top > 0 and not any(isinstance(e, Collect) for e in entries):
                 batch = range(max(1, top - _BATCH + 1), top + 1)
                 entries[:0] = [e for e in pool.map(lambda n: self._entry(n, present), batch) if e is not None]
