@@ -18,8 +18,8 @@ import torch
 import gpumove
 from benchmarks.move_states import State
 
-ROLES = ("leave", "wait", "stop", "start")
-"""Of a move: the job at the source and the one at the target. Of stop-copy-start: likewise."""
+ROLES = ("begin", "leave", "wait", "stop", "start")
+"""The run's first start. Of a move: the job at the source and the one at the target. Of stop-copy-start: likewise."""
 _FURTHER_STEPS = 1
 _LOOK_S = 0.02
 
@@ -74,6 +74,12 @@ class Job:
         self.state.train(step)
         self._busy_s = time.monotonic() - working
         self.say("step", step=step, seconds=time.monotonic() - began)
+
+
+def begin(job: Job) -> None:
+    """Save, and end: whoever starts it again restores it."""
+    job.state.warm_up()
+    job.checkpointer.save(job.checkpointer.restore()).wait()
 
 
 def leave(job: Job) -> None:
@@ -133,7 +139,7 @@ def main(role: str, text: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     job = Job(role, Task(**json.loads(text)))
     with job.checkpointer:
-        {"leave": leave, "stop": stop, "wait": go_on, "start": go_on}[role](job)
+        {"begin": begin, "leave": leave, "stop": stop, "wait": go_on, "start": go_on}[role](job)
     job.say("ended")
 
 

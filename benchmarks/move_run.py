@@ -23,8 +23,6 @@ _RAW = {"codec": "raw", "delta": False, "every_steps": None}
 _ROOM = {"predecessor_bytes": 1 << 40}
 """Whatever else the machine does: without the last state in memory there would be no differences."""
 _LOOK_S, _MOST_S, _FAREWELL_S = 0.05, 3600.0, 20.0
-_RESTORE_S = 1.0
-"""What an estimate is told of the restore at the target: nothing can have measured that before there is a target."""
 
 
 @dataclass
@@ -194,6 +192,9 @@ class Machine:
         usual: dict[str, Any] = {**_ROOM, "codec": "small", "every_steps": max(1, round(transfers * cell.ratio))}
         leaving = self._task(cell, folder, clouds.near, usual)
         arriving = self._task(cell, folder, clouds.far, {**usual, "wait": True})
+        if self._options.estimate:  # what a restore takes is known of runs that were started again
+            processes.job("begin", leaving)
+            processes.until(lambda: processes.ended("begin"))
         source, target = processes.job("leave", leaving), processes.job("wait", arriving)
         processes.until(lambda: source.all("saved") and source.all("step") and target.all("ready"))
         foretold = self._estimate(usual["every_steps"], clouds, processes, source) if self._options.estimate else None
@@ -212,7 +213,7 @@ class Machine:
         there = {"probe_url": f"{clouds.far.url}/run", "probe_options": dict(clouds.far.options)}
         probed = gpumove.estimate(run, storage_options=options, **there).outlooks[0]
         handover_s = probed.transfer.parts["handover"].value
-        said = {"rate_bytes_s": probed.rate_bytes_s, "handover_s": handover_s, "restore_s": _RESTORE_S}
+        said = {"rate_bytes_s": probed.rate_bytes_s, "handover_s": handover_s}
         return gpumove.estimate(run, storage_options=options, **said).outlooks[0].transfer
 
 

@@ -179,11 +179,17 @@ class SaveHandle:
         """The checkpoint exists."""
         self._entry, self.stats.committed_s = entry, seconds
 
-    def took(self, ready_s: float) -> Took:
-        """What it has cost so far, for the manifest; all parts were there after ``ready_s``."""
+    def took(self, ready_s: float, sight_s: float, restore_s: float | None) -> Took:
+        """What it has cost so far, for the manifest.
+
+        Args:
+            ready_s: until all parts were there.
+            sight_s: of that, until the training thread was seen after the copy.
+            restore_s: of the restore that this job began with.
+        """
         stats = self.stats
         stall_s = stats.stall_s if self._called else None  # the call that began it may not have returned yet
-        parts = (stall_s, stats.staged_s, stats.uploaded_s, ready_s)
+        parts = (stall_s, stats.staged_s, stats.uploaded_s, ready_s, sight_s, restore_s)
         return Took(*(None if seconds is None else round(seconds, 6) for seconds in parts))
 
     def finish(self, error: BaseException | None = None) -> None:

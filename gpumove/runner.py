@@ -66,6 +66,8 @@ class Runner:
         """Seconds of the last saves, from the call to the end of what this rank does for them, less those below."""
         self.sights: deque[float] = deque(maxlen=8)
         """Seconds that they waited to see the training thread: as a job leaves it is there."""
+        self.restore_s: float | None = None
+        """Of the restore that the job has begun with, from the claim on."""
         self._adoption: Future[None] | None = None
         """What makes a restored checkpoint the predecessor of the first save."""
         self._written: int | None = None
@@ -269,7 +271,8 @@ class Runner:
         with trace.span("wait for parts"):
             parts = wait_for_parts(self._log_book, order, timeout_s=staged.seat.patience_s, cancelled=cancelled)
         with trace.span("commit"):
-            took = staged.handle.took(time.perf_counter() - staged.began)
+            now_s = time.perf_counter() - staged.began
+            took = staged.handle.took(now_s, staged.snapshot.sight_s, self.restore_s)
             entry = commit(self._log_book, order, parts, took=took)
         self.committed_step, self.committed_attempt = entry.step, entry.attempt
         return entry

@@ -6,6 +6,7 @@ Collective, in the training thread. When what comes after is saved is not known 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -43,6 +44,7 @@ class Takeover:
         self._saver, self._runner, self._stager = saver, saver.runner, stager
         self._warm: Warm | None = None
         self._taken: Claimed | None = None
+        self._began = 0.0
         self._late: Late | None = None
         self._looks: list[RemovableHandle] = []
         self.manifest: Manifest | None = None
@@ -87,6 +89,7 @@ class Takeover:
         if taken is not None:
             return taken
         self._peers.meet("the claim of the run")
+        self._began = time.perf_counter()
         answer = self._claim_here(step, only_if_new, follow) if self._peers.rank == 0 else Claimed()
         answer = msgspec.msgpack.decode(self._peers.broadcast(msgspec.msgpack.encode(answer)), type=Claimed)
         if answer.error is not None:
@@ -167,6 +170,7 @@ class Takeover:
         found = try_newest(candidates, attempt, say=say)
         self.manifest = loaded[-1][0].manifest
         self._follow_on(*loaded[-1], checkpoint=found, lazy=lazy)
+        self._runner.restore_s = None if lazy else time.perf_counter() - self._began
         if self._peers.rank == 0:  # behind what was staged: the next step may change it before it is copied
             self._runner.compare(self.manifest, self._peers.world_size)
         return found

@@ -10,6 +10,8 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+from gpumove.environment.devices import kinds
+from gpumove.environment.difference import whole
 from gpumove.errors import IntegrityError
 from gpumove.estimates.interval import Range
 from gpumove.format.manifest import Checkpoint, Manifest, Move
@@ -55,7 +57,11 @@ class Facts:
     every_s: Range | None = None
     """Between two commits."""
     save_s: Range | None = None
-    """From a step to the commit of it."""
+    """From a step to the commit of it, as the job leaves."""
+    packs: int = 1
+    """In how many pieces the newest one came."""
+    restore_s: Range | None = None
+    """Of the last starts of the job that have restored."""
     ranks: int | None = None
     device: str | None = None
     peak_bytes: float | None = None
@@ -101,6 +107,7 @@ def read_facts(log: Log) -> Facts:
     except IntegrityError as error:
         needed = None
         unknown["full_bytes"] = f"what a first copy brings: {error}"
+    packs = sum(key.startswith(f"packs/{newest.attempt}/") for key in needed or ())
     record_bytes = sum(n for key, n in (needed or {}).items() if not key.startswith("packs/"))
     recent = _of_one_start(line)
     delta, every = _deltas(line, recent, record_bytes), _gaps(recent)
@@ -113,8 +120,10 @@ def read_facts(log: Log) -> Facts:
     found = Facts(
         url=log.store.url, step=newest.step, state_bytes=newest.state_bytes,
         full_bytes=None if needed is None else sum(needed.values()), delta_bytes=delta, every_s=every,
-        save_s=_saved_s(recent, line[0], read) or _told_s(view.move), ranks=newest.world_size,
-        device=device_of(machine), peak_bytes=_peak_of(machine), speeds=tuple(_speeds(line, read)), unknown=unknown,
+        save_s=_saved_s(recent, line[0], read) or _told_s(view.move), packs=max(1, packs),
+        restore_s=_restored_s(line, read), ranks=newest.world_size,
+        device=device_of(machine), peak_bytes=whole(machine, "peak.device_bytes") or None,
+        speeds=tuple(_speeds(line, read)), unknown=unknown,
     )  # fmt: skip
     if found.now is None:
         unknown["speeds"] = "how long a step takes: no trace has step times, and there are too few commits to tell"
@@ -141,18 +150,28 @@ def _gaps(recent: Sequence[Checkpoint]) -> Range | None:
 
 def _saved_s(recent: Sequence[Checkpoint], first: Checkpoint, read: Read) -> Range | None:
     """What the last saves took, the commit as well: its first half lies between the times of both its records, and its
-    second half, the entry, takes about as long. The run's very first save is whole: it counts if there is no other."""
+    second half, the entry, takes about as long. No training thread is waited for as a job leaves. The run's very first
+    save is whole: it counts if there is no other."""
     later = [c for c in recent if c.number != first.number] or recent
     known = []
     for checkpoint in later[-_SAVES:]:
         manifest = read(checkpoint)
         if manifest is not None and manifest.took is not None and manifest.took.ready_s is not None:
-            known.append((manifest.took.ready_s, max(0.0, checkpoint.time - manifest.time)))
+            ready_s = max(0.0, manifest.took.ready_s - (manifest.took.sight_s or 0.0))
+            known.append((ready_s, max(0.0, checkpoint.time - manifest.time)))
     if not known:
         return None
     likely = statistics.median(ready_s + 2 * half_s for ready_s, half_s in known)
     ends = [ready_s + times * half_s for ready_s, half_s in known for times in (1, 3)]
     return Range.over(likely, *ends)
+
+
+def _restored_s(line: Sequence[Checkpoint], read: Read) -> Range | None:
+    """What the last starts of the job took to go on, from the claim on; every manifest of a start says the same."""
+    newest = {c.epoch: c for c in line}
+    took = [found.took for _, c in sorted(newest.items())[-_EPOCHS:] if (found := read(c)) is not None]
+    known = [found.restore_s for found in took if found is not None and found.restore_s is not None]
+    return Range.over(statistics.median(known), *known) if known else None
 
 
 def _told_s(move: Move | None) -> Range | None:
@@ -199,13 +218,5 @@ def _counted(commits: Sequence[Checkpoint]) -> Range | None:
 
 def device_of(fingerprint: Mapping[str, Any]) -> str | None:
     """The first device's name; a job whose devices differ is not told apart."""
-    devices = fingerprint.get("devices") or [None]
-    first = devices[0]
-    found = first.get("model") if isinstance(first, Mapping) else first
+    found = next((kind.get("model") for kind in kinds(fingerprint) or ()), None)
     return found if isinstance(found, str) else None
-
-
-def _peak_of(fingerprint: Mapping[str, Any]) -> float | None:
-    peak = fingerprint.get("peak")
-    found = peak.get("device_bytes") if isinstance(peak, Mapping) else None
-    return float(found) if isinstance(found, int) and found > 0 else None

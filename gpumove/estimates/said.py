@@ -103,19 +103,19 @@ def links(said: Said, facts: Facts, probed: tuple[Probe | None, Probe] | None, m
 
     Args:
         said: rates, and what a restore takes.
-        facts: what a save takes.
+        facts: what a save takes, and a restore if nothing was said.
         probed: the source, if there is one, and the target.
         many: targets.
 
     Raises:
         ConfigError: there are neither one rate nor as many as targets.
     """
-    restore_s = None if said.restore_s is None else Range.exact(said.restore_s)
+    restore_s = facts.restore_s if said.restore_s is None else Range.exact(said.restore_s)
     handover_s = product(Range.exact(_ENTRIES), probed[1].entry_s) if probed else None
     if said.handover_s is not None:
         handover_s = Range.exact(said.handover_s)
     rate, how = between(*probed) if probed else (None, _UNMEASURED)
-    link = Link(rate, how, handover_s=handover_s, save_s=facts.save_s, restore_s=restore_s)
+    link = Link(rate, how, handover_s=handover_s, save_s=facts.save_s, packs=facts.packs, restore_s=restore_s)
     if rates := said.rates():
         if len(rates) not in (1, many):
             raise ConfigError(f"there are {len(rates)} rates for {many} targets: give one for all, or one for each")

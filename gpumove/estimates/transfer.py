@@ -3,17 +3,23 @@ move/cutover.py), over numbers of which only the bounds are known."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from gpumove.config import Config
 from gpumove.estimates.interval import Range, total
-from gpumove.move.cutover import Standing, decide, is_steady
-from gpumove.move.rounds import Measured, crowds, forecast
+from gpumove.move.cutover import Standing, decide, is_steady, leave_s
+from gpumove.move.rounds import Measured, crowded_below, forecast
 
 _MOST_ROUNDS = 100
 _SINCE = (0.5, 0.0, 0.99)
 """Shares of the time between two commits, the likeliest first."""
 _OTHERS = frozenset({"leave", "handover", "restore"})
 """Parts of a blackout that do not depend on bytes."""
+_UNDER_WAY_BYTES = Config.budget_bytes
+"""Which a move may have sent and does not know to have arrived. Until that is little it takes the link to be fast."""
+_HEARS_S = 3.0
+"""From then on: it says so in the log, where the job looks for it."""
 _PATIENCE_S = 600.0
 """Of ``gpumove move``, for a job that is to leave and for one that is to arrive."""
 
@@ -27,6 +33,8 @@ class Link:
     handover_s: Range | None = None
     save_s: Range | None = None
     """From the job's last step to the commit of it."""
+    packs: int = 1
+    """In how many pieces that comes: each is sent as it is there."""
     restore_s: Range | None = None
     """At the target, once it has all."""
 
@@ -91,7 +99,7 @@ def expect(full_bytes: float | None, delta_bytes: Range | None, every_s: Range |
         "behind": Range.over(likely.behind_s, *(c.behind_s for c in others)),
         "last_delta": Range.over(likely.last_s, *(c.last_s for c in others), max(likely.last_s, most_s)),
     }
-    also = {"leave": link.save_s, "handover": link.handover_s, "restore": link.restore_s}
+    also = {"leave": _leave_s(link, parts["last_delta"]), "handover": link.handover_s, "restore": link.restore_s}
     parts |= {name: found for name, found in also.items() if found is not None}
     missing = [name for name, found in also.items() if found is None]
     unknown = (f"the whole blackout: nobody has measured {' and '.join(missing)}",) if missing else ()
@@ -103,6 +111,17 @@ def expect(full_bytes: float | None, delta_bytes: Range | None, every_s: Range |
         blackout_s=None if missing else total(*parts.values()),
         parts=parts, keeps_up=likely.keeps_up, why=likely.why, unknown=unknown,
     )  # fmt: skip
+
+
+def _leave_s(link: Link, send_s: Range) -> Range | None:
+    """What leaving adds to the time that the last bytes take."""
+    if (save_s := link.save_s) is None:
+        return None
+    likely, *ends = (
+        leave_s(saves, sends, link.packs)
+        for saves, sends in ((save_s.value, send_s.value), (save_s.low, send_s.high), (save_s.high, send_s.low))
+    )
+    return Range.over(likely, *ends)
 
 
 @dataclass(frozen=True)
@@ -137,11 +156,11 @@ def _course(
         delta_bytes: of a commit.
         every_s: between two commits.
         rate_bytes_s: of the link.
-        late: commits that take too much of the link are held back only after the first round, not soon in it.
+        late: commits that take too much of the link are held back only after the first round.
         since: how long ago the last commit came when it begins, as a share of the time between two.
     """
     found = Measured(rate_bytes_s, delta_bytes, every_s)
-    expected = forecast(found)
+    expected, held_s = forecast(found), _held_s(full_bytes, found, late=late)
     rounds, steady, sent, now, commits = 0, 0, 0.0, 0.0, 0
     left: int | None = int(full_bytes)
     while rounds < _MOST_ROUNDS:
@@ -152,11 +171,25 @@ def _course(
             break
         steady += is_steady(standing)
         rounds, sent, now = rounds + 1, sent + left, now + left / rate_bytes_s
-        held = rounds > late and crowds(delta_bytes, every_s, rate_bytes_s)
-        before, commits = commits, commits if held else int(now / every_s + since)
+        before, commits = commits, int(min(now, held_s) / every_s + since)
         # Never more than to begin anew would be.
         left = int(min(full_bytes, (commits - before) * delta_bytes)) or None
     behind = left or 0
     last_s = expected.parts["last_delta"]
     nbytes = sent + behind + delta_bytes
     return _Course(rounds, nbytes, now, behind / rate_bytes_s, last_s, expected.converges, expected.why)
+
+
+def _held_s(full_bytes: float, found: Measured, *, late: bool) -> float:
+    """How long after the beginning the job holds back commits that take too much of the link; infinite if none do.
+
+    In the first round a move takes for sent what is under way, and finds the link slower the longer that takes.
+    """
+    assert found.rate_bytes_s is not None
+    assert found.delta_bytes is not None
+    assert found.every_s is not None
+    rate, least = found.rate_bytes_s, crowded_below(found.delta_bytes, found.every_s)
+    if rate >= least:
+        return math.inf
+    known_s = full_bytes / rate if late else min(full_bytes / least, _UNDER_WAY_BYTES / (least - rate))
+    return known_s + _HEARS_S

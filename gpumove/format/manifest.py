@@ -108,12 +108,14 @@ class PartRef(Struct, frozen=True):
 
 
 class Took(Struct, frozen=True, omit_defaults=True):
-    """What a save cost rank 0, in seconds, as far as it knew when the manifest was written: format.md, section 6."""
+    """What gpumove cost rank 0, in seconds, as far as it knew when the manifest was written: format.md, section 6."""
 
     stall_s: float | None = None
     staged_s: float | None = None
     uploaded_s: float | None = None
     ready_s: float | None = None
+    sight_s: float | None = None
+    restore_s: float | None = None
 
 
 class TraceRow(Struct, frozen=True, array_like=True):
@@ -235,8 +237,10 @@ class Collect(Entry, frozen=True, kw_only=True, omit_defaults=True, tag="gc"):
     follows: str = ""
     sealed: str = ""
     regions: str = ""
+    owner: str = ""
+    host: str = ""
     move: Move | None = None
-    """The newest one; this and the three before it would be lost with the entries that said so."""
+    """The newest one; this and the five before it would be lost with the entries that said so."""
 
 
 LogEntry = Claim | Checkpoint | Note | Pin | Collect | Move

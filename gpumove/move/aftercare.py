@@ -93,7 +93,6 @@ class Aftercare:
         facts = {**here.facts, "findings": self._findings, "back": took_back}
         said = [*(self._findings or ["nothing was found that was not so before the move"]), *self._limits]
         text = f"the watch is over: {'; '.join(said)}" + ("; the run is taken back" if took_back else "")
-        self._entries.decided()
         try:
             self._entries.enter("watched", facts=facts, text=text)
         except OvertakenError:

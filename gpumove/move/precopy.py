@@ -25,7 +25,7 @@ from gpumove.move.cutover import (
     step_s,
 )
 from gpumove.move.report import Wishes
-from gpumove.move.rounds import Forecast, Measured, Round, Rounds, crowds, measure
+from gpumove.move.rounds import Forecast, Measured, Round, Rounds, crowded_below, measure
 
 _COMMIT_S = 600.0
 """A commit is waited for at least so long."""
@@ -132,7 +132,7 @@ class Precopy:
         rate = found.rate_bytes_s if self._rounds.done else copier.rate.most_bytes_s
         if self._singles.number >= 0 or self._released or not rate or not found.every_s or not found.delta_bytes:
             return False
-        return crowds(found.delta_bytes, found.every_s, rate)
+        return rate < crowded_below(found.delta_bytes, found.every_s)
 
     def usual(self) -> None:
         """The job saves as usual again, from now on."""

@@ -60,10 +60,10 @@ class Measured:
     """What a round takes besides its bytes."""
 
 
-def crowds(delta_bytes: float, every_s: float, rate_bytes_s: float) -> bool:
-    """Whether commits take so much of the link that they had better wait until the cutover: a difference over more
-    steps is hardly larger, and to catch up with each of them takes long."""
-    return delta_bytes / rate_bytes_s > _CROWDED * every_s
+def crowded_below(delta_bytes: float, every_s: float) -> float:
+    """The rate of a link, in bytes per second, below which commits had better wait until the cutover: they take so much
+    of it that to catch up with each takes long, and a difference over more steps is hardly larger."""
+    return delta_bytes / (_CROWDED * every_s)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -231,6 +232,7 @@ def test_a_comparison(call: Any) -> None:
     assert f"{H100}: go" in out
     assert "it has paid after" in out
     assert out.count("link ") == 1  # the same for all
+    assert re.search(r"in \d \(1 to 2\) rounds .*; the first round takes 6\.7 min .*, all of them 7\.\d min ", out)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 
 import gpumove
 from gpumove.config import Config
+from gpumove.environment.fingerprint import Environment
 from gpumove.estimates import facts
 from gpumove.estimates.facts import Facts, Speed, read_facts
 from gpumove.estimates.interval import Range
@@ -49,6 +50,7 @@ def test_a_run(tmp_path: Path) -> None:
     with open_run(str(tmp_path)) as log:
         needed = reachable(log.store, line[-1])
     records = sum(nbytes for key, nbytes in needed.items() if not key.startswith("packs/"))
+    assert found.packs == sum(key.startswith(f"packs/{line[-1].attempt}/") for key in needed) > 0
     sizes = sorted(c.new_bytes + records for c in line[1:])
     assert found.delta_bytes == Range(sizes[0], sizes[1], sizes[2])
     gaps = sorted(b.time - a.time for a, b in pairwise(line))
@@ -122,14 +124,17 @@ def test_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_time_that_a_job_was_away_does_not_count(tmp_path: Path) -> None:
-    train(str(tmp_path), [1, 2])
-    time.sleep(1.0)
-    train(str(tmp_path), [3, 4])
+    there_s = []
+    for steps in ([1, 2], [3, 4]):
+        began = time.monotonic()
+        train(str(tmp_path), steps)
+        there_s.append(time.monotonic() - began)
+        time.sleep(1.0)
     found = facts_of(tmp_path)
     assert found.every_s is not None
-    assert found.every_s.high < 0.9
+    assert found.every_s.high < max(there_s)
     assert [speed.ranks for speed in found.speeds] == [1, 1]
-    assert all(speed.step_s.high < 0.9 for speed in found.speeds)
+    assert all(speed.step_s.high < max(there_s) for speed in found.speeds)
 
 
 def test_a_start_with_one_commit_tells_no_pace(tmp_path: Path) -> None:
@@ -189,6 +194,37 @@ def test_what_saves_took_is_in_the_manifests(tmp_path: Path) -> None:
     assert found.value == pytest.approx(sorted(s.committed_s or 0.0 for s in took[2:])[1], abs=0.2)
 
 
+def test_what_the_last_starts_took_to_restore_is_in_the_manifests(tmp_path: Path) -> None:
+    train(str(tmp_path), [1, 2])
+    assert facts_of(tmp_path).restore_s is None
+    there_s = []
+    for steps in ([3, 4], [5, 6]):
+        began = time.perf_counter()
+        train(str(tmp_path), steps)
+        there_s.append(time.perf_counter() - began)
+    found = facts_of(tmp_path).restore_s
+    assert found is not None
+    assert 0 < found.low < found.high < max(there_s)
+    assert found.value == pytest.approx((found.low + found.high) / 2)
+
+
+def test_a_lazy_restore_tells_nothing_of_one_that_is_waited_for(tmp_path: Path) -> None:
+    job = new_job()
+    for steps in ((1, 2), (3, 4)):
+        with gpumove.Checkpointer(str(tmp_path), **job.parts(), every_s=None) as ckpt:
+            assert ckpt.restore(lazy=True) == steps[0] - 1
+            for step in steps:
+                job.train(step - 1, step)
+                ckpt.save(step).wait(60)
+    assert facts_of(tmp_path).restore_s is None
+
+
+def test_the_wait_for_the_training_thread_is_no_part_of_a_save_as_the_job_leaves() -> None:
+    line = [checkpoint(n, 100.0) for n in (1, 2)]
+    read = lambda c: manifest(time=99.0, took=Took(ready_s=5.0, sight_s=2.0))  # noqa: E731
+    assert facts._saved_s(line, line[0], read) == Range(4.0, 5.0, 6.0)
+
+
 def test_the_commit_is_reckoned_from_its_first_half_and_the_first_save_of_all_does_not_count() -> None:
     line = [checkpoint(n, 100.0 * n) for n in range(1, 4)]
     records = {1: manifest(time=90.0, took=Took(ready_s=50.0)), 2: manifest(time=199.5, took=Took(ready_s=4.0)),
@@ -222,10 +258,15 @@ def test_step_times_of_a_trace_are_measured_ones() -> None:
     assert facts._timed(None) is None
 
 
-def test_the_peak_of_a_manifest() -> None:
-    assert facts._peak_of({"peak": {"device_bytes": 7, "host_bytes": 9}}) == 7.0
-    odd = ({}, {"peak": None}, {"peak": {}}, {"peak": {"device_bytes": 0}}, {"peak": {"device_bytes": "7"}})
-    assert [facts._peak_of(fingerprint) for fingerprint in odd] == [None] * 5
+def test_the_peak_of_the_newest_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = [{"device_bytes": 7, "host_bytes": 9}, None, {}, {"device_bytes": 0}, {"device_bytes": "7"}, ...]
+    known = []
+    for step, peak in enumerate(peaks, 1):
+        told = {} if peak is ... else {"peak": peak}
+        monkeypatch.setattr(Environment, "now", lambda self, told=told, **given: told)
+        train(str(tmp_path / "run"), [step])
+        known.append(facts_of(tmp_path / "run").peak_bytes)
+    assert known == [7, None, None, None, None, None]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +274,7 @@ def test_the_peak_of_a_manifest() -> None:
     [
         ({"devices": ["NVIDIA H200", "NVIDIA H200"]}, "NVIDIA H200"),
         ({"devices": [{"model": "NVIDIA H200", "memory": 1}]}, "NVIDIA H200"),
-        ({"devices": []}, None), ({}, None), ({"devices": [7]}, None),
+        ({"devices": []}, None), ({}, None), ({"devices": [7]}, None), ({"devices": 7}, None),
     ],
 )  # fmt: skip
 def test_the_device_of_a_manifest(fingerprint: dict[str, object], device: str | None) -> None:

@@ -48,6 +48,27 @@ def test_a_link_that_does_not_keep_up() -> None:
     assert found.parts["last_delta"] == Range(30.0, 30.0, 100.0)
 
 
+def test_a_commit_that_comes_before_the_link_is_known_to_be_slow_is_not_held_back() -> None:
+    """Ten times that, every 200 s: 268 MB that may have arrived or not hide that for 1.3 s, and the job hears of it 3 s
+    later. With half of the time between commits gone none comes, with all but 2 s one does, and is sent as well."""
+    found = expect(100 * GB, EXACT(30 * GB), EXACT(200.0), link(EXACT(100 * MB)))
+    assert found.nbytes is not None
+    assert found.nbytes.value == pytest.approx(130 * GB)
+    small = expect(1 * GB, EXACT(0.9 * GB), EXACT(14.0), link(EXACT(100 * MB)))  # 10 s for all: known after 7.8 s
+    assert small.keeps_up
+    assert small.rounds is not None
+    assert small.rounds.value == 2
+
+
+def test_of_a_save_that_is_sent_while_it_is_written_only_the_first_piece_adds() -> None:
+    """10 s in 5 packs: of what 5 s on the link take one is left when the save is done, of what 50 s take 42."""
+    known = {"save_s": Range(8.0, 10.0, 20.0), "handover_s": EXACT(0.5), "restore_s": EXACT(4.0)}
+    for nbytes, leave in ((500 * MB, Range(8.0 - 4.0, 10.0 - 4.0, 20.0 - 4.0)), (5 * GB, Range(8 / 5, 2.0, 4.0))):
+        found = expect(10 * GB, EXACT(nbytes), EXACT(100.0), Link(EXACT(100 * MB), "as said", packs=5, **known))
+        low, value, high = found.parts["leave"].low, found.parts["leave"].value, found.parts["leave"].high
+        assert (low, value, high) == pytest.approx((leave.low, leave.value, leave.high))
+
+
 def test_what_nobody_has_measured_makes_no_blackout() -> None:
     found = expect(10 * GB, EXACT(500 * MB), EXACT(20.0), link(EXACT(100 * MB), save_s=EXACT(3.0)))
     assert found.blackout_s is None
