@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,16 +53,22 @@ def test_a_sound_job_is_watched_and_stays(clouds: Clouds) -> None:
     assert there.process.poll() is None
 
 
-@pytest.mark.parametrize("broken", ["lr", "nan"])
-def test_a_spoiled_loss_takes_the_run_back_to_what_was_handed_over(clouds: Clouds, broken: str) -> None:
+def taken_back(clouds: Clouds, broken: str, further: int) -> tuple[Job, Job, Job, dict[str, Any]]:
+    """The job that has left, the one that is broken, and the one that goes on here so far; and the report."""
     here, there = both(clouds, broken)
     mover = clouds.move("--watch", "--on-parity", "rollback")
     assert here.end()[0] == 77
-    last = max(here.losses())
-    again = clouds.here(wait=True, ranks=1, steps=last + 40, settings=SETTINGS)
+    again = clouds.here(wait=True, ranks=1, steps=max(here.losses()) + further, settings=SETTINGS)
     report = mover.end(150, code=50)
     assert there.end()[0] == 77, there.log
     assert again.end()[0] == 0, again.log
+    return here, there, again, report
+
+
+@pytest.mark.parametrize("broken", ["lr", "nan"])
+def test_a_spoiled_loss_takes_the_run_back_to_what_was_handed_over(clouds: Clouds, broken: str) -> None:
+    here, _, again, report = taken_back(clouds, broken, 40)
+    last = max(here.losses())
     assert clouds.claimable() == (True, False)
     assert min(again.losses()) == last + 1
     before = sum(losses(here)[step] for step in range(last - 19, last + 1)) / 20
@@ -70,16 +77,9 @@ def test_a_spoiled_loss_takes_the_run_back_to_what_was_handed_over(clouds: Cloud
 
 
 def test_slow_steps_bring_along_what_was_trained(clouds: Clouds) -> None:
-    here, there = both(clouds, "slow")
-    mover = clouds.move("--watch", "--on-parity", "rollback")
-    assert here.end()[0] == 77
-    last = max(here.losses())
-    again = clouds.here(wait=True, ranks=1, steps=last + 80, settings=SETTINGS)
-    report = mover.end(150, code=50)
-    assert there.end()[0] == 77, there.log
-    assert again.end()[0] == 0, again.log
+    here, there, again, report = taken_back(clouds, "slow", 80)
     assert "a step takes" in report["findings"][0]
-    assert min(again.losses()) == max(there.losses()) + 1 > last + 1
+    assert min(again.losses()) == max(there.losses()) + 1 > max(here.losses()) + 1
 
 
 def test_a_job_that_stops_ends_with_a_code_of_its_own(clouds: Clouds) -> None:
