@@ -30,8 +30,8 @@ from rich.table import Table
 
 import gpumove
 from examples.demo_picture import draw
-from examples.looks import bars, console, say
-from examples.sizes import parse_sizes
+from examples.looks import bars, console, leave, say
+from examples.sizes import parse_sizes, parser_of
 from examples.train_gpt import GPT, make_optimizer
 
 KILLS = ((0.25, 0.45), (0.6, 0.8))
@@ -237,9 +237,7 @@ def prove(out: Path, options: dict[str, int], whole: Life, lives: Sequence[Life]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for everything (default out/demo)")
-    parser.add_argument("--quick", action="store_true", help="fewer steps of a smaller model")
+    parser = parser_of(__doc__, "out/demo", "fewer steps of a smaller model")
     parser.add_argument("--dice", type=int, help="seed of the moments of the kills; a new one each time by default")
     sizes = {"steps": 405, "every-steps": 10, "batch": 8, "context": 128, "layers": 4, "width": 128}
     quick = {"steps": 203, "every-steps": 5, "batch": 4, "context": 64, "layers": 3, "width": 96}
@@ -265,10 +263,7 @@ def main() -> int:
     facts = tell(whole, lives, every)
     wrong, proof = prove(out, options, whole, lives)
     draw(out / "loss.png", whole, lives, every=every)
-    report = json.dumps({**options, **facts, **proof, "dice": seed, "passed": not wrong}, indent=1)
-    (out / "report.json").write_text(report + "\n")
-    console.print(f"The picture is {args.out / 'loss.png'}, the numbers are in report.json beside it.", soft_wrap=True)
-    return 1 if wrong else 0
+    return leave(args.out, "loss.png", {**options, **facts, **proof, "dice": seed, "passed": not wrong})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,13 @@ def say(wrong: Sequence[str], good: Iterable[str]) -> None:
         console.print(f"[bold red]✗[/] {escape(words)}", soft_wrap=True)
     for words in good:
         console.print(f"[green]✓[/] {escape(words)}", soft_wrap=True)
+
+
+def leave(folder: Path, drawn: str, report: Mapping[str, Any]) -> int:
+    """Put the numbers down beside the picture, and say where both are; the exit code, by whether all has ``passed``."""
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"The picture is {folder / drawn}, the numbers are in report.json beside it.", soft_wrap=True)
+    return 0 if report["passed"] else 1
 
 
 # -------------------------------------------------------------------- pictures

@@ -1,9 +1,24 @@
-"""Numbers that a demonstration takes from its command line, or from whether it is to be quick."""
+"""What every demonstration takes from its command line: a folder, and numbers, or whether it is to be quick."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
+
+
+def parser_of(words: str | None, out: str, quick: str) -> argparse.ArgumentParser:
+    """A parser that knows ``--out`` and ``--quick``.
+
+    Args:
+        words: on the whole demonstration.
+        out: the folder, unless another one is named.
+        quick: what is less then.
+    """
+    parser = argparse.ArgumentParser(description=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder for everything (default {out})")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
 
 
 def parse_sizes(

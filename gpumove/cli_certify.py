@@ -15,12 +15,12 @@ from gpumove.cli_options import storage_options
 from gpumove.cli_tables import Cell, Screen
 from gpumove.config import Config
 from gpumove.errors import ConfigError, ParityError
+from gpumove.inspection.run import open_run
 from gpumove.job.launch import settings
 from gpumove.job.outcome import DURABLE, FINISHED, NOT_DURABLE
 from gpumove.job.supervise import Job, Result, run
 from gpumove.parity.causes import NAMES
 from gpumove.parity.verdict import DIFFERENT, Certificate, Compared
-from gpumove.words import count
 
 Arguments = argparse.Namespace
 UNKNOWN = 51
@@ -57,6 +57,8 @@ def run_certify(args: Arguments, screen: Screen) -> int:
     options = storage_options(args)
     if args.output is not None:
         _check_place(Path(args.output))
+    with open_run(args.url, config=config, storage_options=options):
+        pass  # before the job is started: each of its ranks would say it too, after minutes and with a traceback
     result = run(Job(url=args.url, torchrun=args.torchrun, config=config, options=options))
     if result.certificate is None and result.notice is not None and result.notice.source == "sigint":
         raise KeyboardInterrupt
@@ -102,10 +104,9 @@ def _show(screen: Screen, certificate: Certificate | None, result: Result) -> No
         screen.line(("unknown", "bold yellow"), f": {why}")
         return
     setting, steps = certificate.setting, certificate.steps
-    ranks = f"{count(setting.world_sizes[0], 'rank')} then, {setting.world_sizes[1]} now"
     devices = {True: "the same devices", False: "other devices", None: "devices that are not known"}
     screen.line(("run        ", "bold"), f"{setting.run} at {setting.url}")
-    screen.line(("checkpoint ", "bold"), f"step {setting.step} (entry {setting.entry}); {ranks}; "
+    screen.line(("checkpoint ", "bold"), f"step {setting.step} (entry {setting.entry}); {setting.ranks}; "
                 f"{devices[setting.same_devices]}")  # fmt: skip
     for difference in setting.differences:
         screen.line(("differs    ", "bold"), difference)

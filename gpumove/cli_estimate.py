@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from gpumove.cli_options import parse_rate, parse_size, seconds, storage_options, whole
+from gpumove.cli_options import given, number, parse_rate, parse_size, seconds, storage_options, whole
 from gpumove.cli_tables import Cell, Screen
 from gpumove.errors import ConfigError
 from gpumove.estimates.estimate import Estimate, estimate
@@ -69,32 +69,24 @@ def run_estimate(args: Arguments, screen: Screen) -> int:
 
 def _said(args: Arguments) -> dict[str, Any]:
     """What the options say; those left out are None."""
-
-    def given(option: str, parse: Callable[[str, str], Any]) -> Any:
-        text = getattr(args, option.lstrip("-").replace("-", "_"))
-        return None if text is None else parse(option, text)
-
     return {
         "runs_at": args.runs_at,
         "rate_bytes_s": args.rate and [parse_rate("--rate", text) for text in args.rate.split(",")],
-        "remaining_steps": given("--remaining-steps", whole),
-        "remaining_hours": given("--remaining-hours", _hours),
-        "save_s": given("--save-time", seconds),
-        "restore_s": given("--restore-time", seconds),
-        "step_s": given("--step-time", seconds),
-        "every_s": given("--every", seconds),
-        "state_bytes": given("--state-bytes", parse_size),
-        "delta_bytes": given("--delta-bytes", parse_size),
-        "peak_bytes": given("--peak-memory", parse_size),
-        "committed_hours": given("--committed-hours", _hours) or 0.0,
+        "remaining_steps": given(args, "--remaining-steps", whole),
+        "remaining_hours": given(args, "--remaining-hours", _hours),
+        "save_s": given(args, "--save-time", seconds),
+        "restore_s": given(args, "--restore-time", seconds),
+        "step_s": given(args, "--step-time", seconds),
+        "every_s": given(args, "--every", seconds),
+        "state_bytes": given(args, "--state-bytes", parse_size),
+        "delta_bytes": given(args, "--delta-bytes", parse_size),
+        "peak_bytes": given(args, "--peak-memory", parse_size),
+        "committed_hours": given(args, "--committed-hours", _hours) or 0.0,
     }
 
 
 def _hours(option: str, text: str) -> float:
-    try:
-        return float(text.removesuffix("h"))
-    except ValueError:
-        raise ConfigError(f"{option} takes hours, such as 72, not {text!r}") from None
+    return number(option, text.removesuffix("h"), "hours, such as 72")
 
 
 # -------------------------------------------------------------------- how it is shown
@@ -178,7 +170,8 @@ def _show_transfer(screen: Screen, outlook: Outlook) -> None:
     screen.line(("link    ", "bold"), f"{_rate(outlook.rate_bytes_s)}: {outlook.rate_how}")
     found = outlook.transfer
     if found.first_s is not None:
-        screen.line(("copy    ", "bold"), f"{_bytes_of(found)}; the first round takes {_time(found.first_s)}")
+        all_s = "" if found.copy_s in (None, found.first_s) else f", all of them {_time(found.copy_s)}"
+        screen.line(("copy    ", "bold"), f"{_bytes_of(found)}; the first round takes {_time(found.first_s)}{all_s}")
     parts = ", ".join(f"{name.replace('_', ' ')} {_time(part)}" for name, part in found.parts.items() if part.high)
     screen.line(("blackout ", "bold"), _blackout(found) + (f": {parts}" if parts else ""))
 

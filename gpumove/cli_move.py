@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from gpumove.cli_options import add_copying, copying, whole
+from gpumove.cli_options import add_copying, copying, given, whole
 from gpumove.cli_tables import Screen
 from gpumove.errors import ConfigError, IntegrityError
 from gpumove.move.replicate import Replication, replicate
@@ -37,7 +37,7 @@ def run_replicate(args: Arguments, screen: Screen) -> int:
             args.src, args.dst, step=_step(args.step), follow=args.follow,
             deep=args.deep,
             keep_last=_keep_last(args.keep_last),
-            keep_every=None if args.keep_every is None else whole("--keep-every", args.keep_every),
+            keep_every=given(args, "--keep-every", whole),
             progress=progress, **copying(args),
             each=lambda found, expected: _show_round(screen, found, expected, follow=args.follow),
         )  # fmt: skip

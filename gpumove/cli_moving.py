@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import msgspec
 
-from gpumove.cli_options import add_copying, copying, seconds
+from gpumove.cli_options import add_copying, copying, given, number, seconds
 from gpumove.cli_tables import Screen
 from gpumove.errors import ConfigError, ParityError
 from gpumove.move.moving import move
 from gpumove.move.report import Event, Report, Wishes
-from gpumove.words import size
+from gpumove.words import count, size
 
 Arguments = argparse.Namespace
 _STYLES = {"done": "bold green", "cancelled": "bold yellow", "forced": "bold red", "damaged": "bold red",
@@ -52,14 +52,12 @@ def run_move(args: Arguments, screen: Screen) -> int:
     if args.watch and args.no_wait:
         raise ConfigError("--watch stays until the job at DST has compared itself: leave out --no-wait")
     wishes = Wishes(
-        max_blackout_s=None if args.max_blackout is None else seconds("--max-blackout", args.max_blackout),
+        max_blackout_s=given(args, "--max-blackout", seconds),
         leave_timeout_s=seconds("--leave-timeout", args.leave_timeout),
         arrive_timeout_s=0.0 if args.no_wait else seconds("--arrive-timeout", args.arrive_timeout),
-        force=args.force, every_step=args.every_step,
-        slow_s=0.0 if args.slow is None else seconds("--slow", args.slow),
+        force=args.force, every_step=args.every_step, slow_s=given(args, "--slow", seconds) or 0.0,
         watch=(args.on_parity or "warn") if args.watch else "", discard=args.discard,
-        step_ratio=None if args.step_ratio is None else _ratio(args.step_ratio),
-        gone_after_s=None if args.gone_after is None else seconds("--gone-after", args.gone_after),
+        step_ratio=given(args, "--step-ratio", _ratio), gone_after_s=given(args, "--gone-after", seconds),
     )  # fmt: skip
     with screen.progress("copying") as progress:
         done = move(
@@ -70,14 +68,8 @@ def run_move(args: Arguments, screen: Screen) -> int:
     return ParityError.exit_code if done.findings else 0
 
 
-def _ratio(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0.001 <= found <= 1000:
-        raise ConfigError(f"--step-ratio takes a number such as 0.6, not {text!r}")
-    return found
+def _ratio(option: str, text: str) -> float:
+    return number(option, text, "a number such as 0.6", low=0.001, high=1000)
 
 
 def _tell(screen: Screen, event: Event) -> None:
@@ -93,15 +85,16 @@ def _clock(at: float) -> str:
 
 
 def show_move(screen: Screen, done: Report) -> None:
-    """The timeline, and what came of it."""
-    began = done.events[0].at if done.events else 0.0
-    rows = ((f"{e.at - began:.1f} s", (e.state, _STYLES.get(e.state, "")), e.text) for e in done.events)
-    screen.table(("after", "state", "what"), rows, right="r")
-    screen.line("")
+    """The timeline, unless it was told there as it happened, and what came of it."""
+    if not screen.notes_are_beside:
+        began = done.events[0].at if done.events else 0.0
+        rows = ((f"{e.at - began:.1f} s", (e.state, _STYLES.get(e.state, "")), e.text) for e in done.events)
+        screen.table(("after", "state", "what"), rows, right="r")
+        screen.line("")
     title = "moved   " if done.phase == "done" else "now     "
     screen.line((title, "bold"), f"{done.source} to {done.target}: {done.text}")
     if done.rounds:
-        screen.line(("sent    ", "bold"), f"{size(done.sent_bytes)} in {len(done.rounds)} rounds")
+        screen.line(("sent    ", "bold"), f"{size(done.sent_bytes)} in {count(len(done.rounds), 'round')}")
     if done.blackout_s is not None:
         told = (event.facts for event in done.events if event.state == "request")
         parts: dict[str, float] = next(told, {}).get("forecast_parts", {})

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
 from gpumove.errors import ConfigError
 
+T = TypeVar("T")
+_LARGEST = sys.float_info.max
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
     for power, prefix in enumerate("KMGT", 1)
@@ -17,10 +22,21 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
+def given(args: argparse.Namespace, option: str, parse: Callable[[str, str], T]) -> T | None:
+    """What an option says, parsed; None if it was left out."""
+    text = getattr(args, _field(option))
+    return None if text is None else parse(option, text)
+
+
+def _field(option: str) -> str:
+    """Where argparse puts it."""
+    return option.lstrip("-").replace("-", "_")
+
+
 def storage_options(args: argparse.Namespace, option: str = "--option") -> dict[str, Any]:
     """``--option key=value`` as a dict; dots nest. Values may be secrets, so that no message holds one."""
     options: dict[str, Any] = {}
-    for number, text in enumerate(getattr(args, option.lstrip("-").replace("-", "_")), 1):
+    for number, text in enumerate(getattr(args, _field(option)), 1):
         name, equals, value = text.partition("=")
         words = name.split(".")
         if not equals or not all(words):
@@ -44,7 +60,7 @@ def add_copying(found: argparse.ArgumentParser) -> None:
 def copying(args: argparse.Namespace) -> dict[str, Any]:
     """What they say, and the storage options of both ends, as arguments."""
     return {
-        "limit": None if args.limit is None else parse_rate("--limit", args.limit),
+        "limit": given(args, "--limit", parse_rate),
         "in_flight": whole("--in-flight", args.in_flight),
         "to_region": args.to_region,
         "from_options": storage_options(args, "--from-option"),
@@ -96,8 +112,23 @@ def whole(option: str, text: str) -> int:
         ConfigError: it is none.
     """
     if not text.isdecimal():
-        raise ConfigError(f"{option} takes a whole number, not {text!r}")
+        raise ConfigError(f"{option} takes a whole number of at least 0, not {text!r}")
     return int(text)
+
+
+def number(option: str, text: str, what: str, *, low: float = -_LARGEST, high: float = _LARGEST) -> float:
+    """A number between two others, which count too. ``what`` says in the message which it could be.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not low <= found <= high:
+        raise ConfigError(f"{option} takes {what}, not {text!r}")
+    return found
 
 
 def seconds(option: str, text: str) -> float:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from gpumove.cli_options import seconds, storage_options
-from gpumove.cli_tables import Cell, Screen
+from gpumove.cli_options import number, seconds, storage_options
+from gpumove.cli_tables import Cell, Screen, claimed
 from gpumove.errors import ConfigError
 from gpumove.inspection.run import open_run
 from gpumove.report.bill import Rates
@@ -59,7 +59,8 @@ def run_report(args: Arguments, screen: Screen) -> int:
     urls = [args.url, *([args.url2] if args.url2 else [])]
     options = storage_options(args)
     target = options if args.target_option is None else storage_options(args, "--target-option")
-    rates = Rates(tuple(_price(p) for p in args.hourly), (args.runs_at, args.to), args.prices_file)
+    hourly = tuple(number("--hourly", text, "a price such as 12.50", low=0) for text in args.hourly)
+    rates = Rates(hourly, (args.runs_at, args.to), args.prices_file)
     with screen.progress("reading packs") as progress:
         text = report(
             urls, deep=args.deep, rates=rates, certificates=args.certificate, storage_options=[options, target],
@@ -73,16 +74,6 @@ def run_report(args: Arguments, screen: Screen) -> int:
     nbytes = len(text.encode())
     screen.give({"out": str(out), "bytes": nbytes}, lambda s: s.line(f"{out}: {size(nbytes)}; open it in a browser"))
     return 0
-
-
-def _price(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = -1.0
-    if not 0 <= found < float("inf"):
-        raise ConfigError(f"--hourly takes a price such as 12.50, not {text!r}")
-    return found
 
 
 # -------------------------------------------------------------------- status
@@ -112,7 +103,8 @@ def _live(watch: Watch, screen: Screen, every_s: float) -> None:
         told: object = None
         while True:
             found = watch.look()
-            if (news := (found.epoch, found.step, found.condition, found.health, found.broken)) != told:
+            news = found.epoch, found.step, found.condition, found.ended, found.quiet, found.health, found.broken
+            if news != told:
                 told = news
                 show_status(screen, found)
                 screen.line("")
@@ -134,10 +126,9 @@ def _picture(found: Status) -> Text:
 
 
 def _rows(found: Status) -> list[tuple[Cell, ...]]:
-    owner = f"epoch {found.epoch}, claimed by {found.host or 'an unnamed host'}" if found.epoch else "nobody"
     rows: list[tuple[Cell, ...]] = [
         (("run        ", "bold"), f"{found.run} at {found.url}"),
-        (("owner      ", "bold"), owner),
+        (("owner      ", "bold"), claimed(found.epoch, found.host)),
         (("checkpoint ", "bold"), _checkpoint(found)),
         (("commits    ", "bold"), _commits(found)),
         (("step time  ", "bold"), "unknown" if found.step_s is None else lasting(found.step_s)),
@@ -146,8 +137,10 @@ def _rows(found: Status) -> list[tuple[Cell, ...]]:
     ]  # fmt: skip
     if found.condition:
         rows.append((("moving     ", "bold yellow"), found.condition))
-    if found.overdue:
-        rows.append((("overdue    ", "bold yellow"), "no commit has come for long: look whether the job still runs"))
+    if found.ended:
+        rows.append((("ended      ", "bold"), found.ended))
+    if found.quiet:
+        rows.append((("quiet      ", "bold yellow"), "no commit has come for long: the job has ended, or hangs"))
     if found.broken:
         rows.append((("damaged    ", "bold red"), f"{found.broken} entries of the log cannot be read"))
     rows += [(("health     ", "bold yellow"), text) for text in found.health[-3:]]

@@ -7,9 +7,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpumove.cli_options import storage_options
+from gpumove.cli_options import given, number, storage_options
 from gpumove.cli_tables import Screen
-from gpumove.errors import ConfigError
 from gpumove.format.pointer import Pointer
 from gpumove.serving.following import pointers
 from gpumove.serving.publishing import demote, promote, publish
@@ -21,9 +20,8 @@ Arguments = argparse.Namespace
 def run_publish(args: Arguments, screen: Screen) -> int:
     """Have a name stand for a checkpoint, for inference servers to follow."""
     found = publish(
-        args.url, args.step, args.name, outputs=args.outputs, probe=args.probe, tolerance=_tolerance(args),
-        export=args.export, text=args.text, storage_options=storage_options(args),
-        export_options=storage_options(args, "--export-option"),
+        args.url, args.step, args.name, **_gate(args), export=args.export, text=args.text,
+        storage_options=storage_options(args), export_options=storage_options(args, "--export-option"),
     )  # fmt: skip
     screen.give(found, lambda s: _say(s, found))
     return 0
@@ -32,8 +30,8 @@ def run_publish(args: Arguments, screen: Screen) -> int:
 def run_promote(args: Arguments, screen: Screen) -> int:
     """Have a name stand for what another one stands for, if its outputs are those that were recorded."""
     found = promote(
-        args.url, args.source, args.name, outputs=args.outputs, probe=args.probe, tolerance=_tolerance(args),
-        gate=not args.no_gate, text=args.text, storage_options=storage_options(args),
+        args.url, args.source, args.name, **_gate(args), gate=not args.no_gate, text=args.text,
+        storage_options=storage_options(args),
     )  # fmt: skip
     screen.give(found, lambda s: _say(s, found))
     return 0
@@ -54,21 +52,21 @@ def run_pointers(args: Arguments, screen: Screen) -> int:
     return 0
 
 
-def _tolerance(args: Arguments) -> float | None:
-    if args.tolerance is None:
-        return None
-    try:
-        return float(args.tolerance)
-    except ValueError:
-        raise ConfigError(f"--tolerance takes a number such as 0.001, not {args.tolerance!r}") from None
+def _gate(args: Arguments) -> dict[str, Any]:
+    """What is compared, and how, as arguments."""
+    return {"outputs": args.outputs, "probe": args.probe, "tolerance": given(args, "--tolerance", _share)}
+
+
+def _share(option: str, text: str) -> float:
+    return number(option, text, "a number such as 0.001")
 
 
 def _say(screen: Screen, pointer: Pointer) -> None:
     what = "nothing" if pointer.step is None else f"step {pointer.step}"
-    screen.line(f"{pointer.name} stands for {what} now (number {pointer.number}{_gate(pointer, ', gate: ')})")
+    screen.line(f"{pointer.name} stands for {what} now (number {pointer.number}{_passed(pointer, ', gate: ')})")
 
 
-def _gate(pointer: Pointer, before: str = "") -> str:
+def _passed(pointer: Pointer, before: str = "") -> str:
     if not pointer.gate:
         return ""
     relative = pointer.gate.get("relative")
@@ -83,7 +81,7 @@ def _show(screen: Screen, found: Sequence[Pointer]) -> None:
     rows = [
         [
             p.name, str(p.number), "nothing" if p.step is None else str(p.step),
-            p.action + (f" from {p.source}" if p.action == "promote" else ""), _gate(p) or "not asked", when(p.time),
+            p.action + (f" from {p.source}" if p.action == "promote" else ""), _passed(p) or "not asked", when(p.time),
             p.by, "" if p.export is None else p.export.url, p.text,
         ]
         for p in found

@@ -5,8 +5,8 @@ It knows what to show, never where it comes from. Besides ``cli.py`` it is the o
 
 from __future__ import annotations
 
+import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,7 +25,7 @@ from gpumove.inspection.groups import Way
 from gpumove.inspection.run import VerifyReport
 from gpumove.inspection.summary import Detail, Overview, Row, TensorRow
 from gpumove.store.gc import Plan
-from gpumove.words import age, count, size
+from gpumove.words import age, count, size, when
 
 Cell = str | tuple[str, str]
 """Text, or text and its style."""
@@ -90,6 +90,14 @@ class Screen:
         else:
             sys.stderr.write(text + "\n")
 
+    @property
+    def notes_are_beside(self) -> bool:
+        """Whether what was noted is read where the answer is: at one terminal, or in one log."""
+        try:
+            return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+        except (OSError, ValueError):  # something in python's own memory, or closed
+            return False
+
     def fail(self, message: str, *, code: str) -> None:
         """The one line that says what went wrong."""
         if self.json:
@@ -118,13 +126,17 @@ def _plain(cell: Cell) -> str:
 # -------------------------------------------------------------------- one function per verb
 
 
+def claimed(epoch: int, host: str) -> str:
+    """Who has the run. An epoch without a host was opened by a move: nobody has claimed the run since."""
+    if not epoch:
+        return "nobody has claimed it"
+    return f"epoch {epoch}, claimed by {host}" if host else f"epoch {epoch}, for which the log names no owner"
+
+
 def show_overview(screen: Screen, data: Overview) -> None:
     """``ls``."""
-    owner = (
-        f"epoch {data.epoch}, claimed by {data.host or 'an unnamed host'}" if data.epoch else "nobody has claimed it"
-    )
     screen.line(("run   ", "bold"), f"{data.run} at {data.url}")
-    screen.line(("owner ", "bold"), owner)
+    screen.line(("owner ", "bold"), claimed(data.epoch, data.host))
     if data.condition:
         screen.line(("moving ", "bold yellow"), data.condition)
     if data.checkpoints:
@@ -151,10 +163,9 @@ def _row(row: Row, data: Overview) -> tuple[Cell, ...]:
 
 def show_detail(screen: Screen, data: Detail) -> None:
     """``show``."""
-    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(data.time))
     facts = {
         "checkpoint": f"step {data.step}, entry {data.entry}{', pinned' if data.pinned else ''}",
-        "written": f"{when}, epoch {data.epoch}, attempt {data.attempt}, {count(data.world_size, 'rank')}",
+        "written": f"{when(data.time)}, epoch {data.epoch}, attempt {data.attempt}, {count(data.world_size, 'rank')}",
         "state": f"{size(data.state_bytes)}, stored in {size(data.stored_bytes)}",
         "sent": f"{size(data.new_bytes)} of packs; {size(data.older_stored_bytes)} unchanged lie in older ones",
         "restore": f"fetches {size(data.restore_bytes)}, through up to {count(data.chain, 'earlier save')}",

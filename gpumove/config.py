@@ -115,20 +115,30 @@ class Config:
             **arguments: fields given in code; they win.
 
         Raises:
-            ConfigError: an unknown field or variable, or a value that cannot be read or is out of range.
+            ConfigError: unknown fields or variables, or values that cannot be read or are out of range; it lists all.
         """
         known = {f.name: f for f in fields(cls)}
         if unknown := sorted(set(arguments) - set(known)):
             raise ConfigError(f"unknown settings {unknown}; known ones are {sorted(known)}")
         values: dict[str, Any] = {}
+        problems: list[str] = []
         for variable, text in (os.environ if env is None else env).items():
             if not variable.startswith(_PREFIX) or variable in _PLACE:
                 continue
             name = variable.removeprefix(_PREFIX).lower()
-            if name not in known:
-                raise ConfigError(f"the variable {variable} is no setting; known ones are {sorted(known)}")
-            values[name] = _parse(variable, text, str(known[name].type))
-        return cls(**{**values, **arguments})
+            try:
+                if name not in known:
+                    raise ConfigError(f"the variable {variable} is no setting; known ones are {sorted(known)}")
+                values[name] = _parse(variable, text, str(known[name].type))
+            except ConfigError as error:
+                problems.append(str(error))
+        try:
+            made = cls(**{**values, **arguments})
+        except ConfigError as error:
+            problems.append(str(error))
+        if problems:
+            raise ConfigError("; ".join(problems))
+        return made
 
     @classmethod
     def of_job(cls, config: Config | None, settings: Mapping[str, Any]) -> Config:

@@ -16,18 +16,27 @@ _CGROUPS = (
 
 def available_bytes() -> int | None:
     """Bytes that can be used without swapping, by the machine's and the container's account; None if not known."""
-    known = [n for n in (_machine(), *(_group(*names) for names in _CGROUPS)) if n is not None]
+    known = [n for n in (_meminfo("MemAvailable"), *(_group(*names) for names in _CGROUPS)) if n is not None]
     return min(known, default=None)
 
 
 def total_bytes() -> int | None:
     """Bytes that the machine has, or the container may take; None if not known."""
+    return min((n for n in (machine_bytes(), limit_bytes()) if n is not None), default=None)
+
+
+def machine_bytes() -> int | None:
+    """Bytes that the machine has, whoever may take them; None if not known."""
+    return _meminfo("MemTotal")
+
+
+def limit_bytes() -> int | None:
+    """Bytes that the container may take; None if nothing limits it."""
     limits = [_read(most) for most, *_ in _CGROUPS]
-    known = [_machine("MemTotal"), *(int(n) for n in limits if n is not None and n.strip().isdigit())]
-    return min((n for n in known if n is not None), default=None)
+    return min((int(n) for n in limits if n is not None and n.strip().isdigit()), default=None)
 
 
-def _machine(name: str = "MemAvailable") -> int | None:
+def _meminfo(name: str) -> int | None:
     for line in (_read("/proc/meminfo") or "").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) << 10

@@ -17,6 +17,7 @@ from gpumove.cadence import past
 from gpumove.config import Config
 from gpumove.errors import ConfigError, FencedError, GpumoveError, describe, rebuild
 from gpumove.fetch import fetch
+from gpumove.format import keys
 from gpumove.format.manifest import Checkpoint, Manifest
 from gpumove.from_env import another
 from gpumove.lazy import Late, beside
@@ -125,7 +126,7 @@ class Takeover:
                 if not found:
                     raise ConfigError(f"{self._book.store.url} has no sound checkpoint of step {step}")
             claim = self._book.claim(resumed=found[0].number if found else None, regions=self._config.allowed_regions)
-            before = past([(c.time, int(c.attempt[:8])) for c in view.checkpoints])
+            before = past([(c.time, keys.epoch_of(c.attempt)) for c in view.checkpoints])
             return Claimed(run, claim.epoch, found, before)
         except GpumoveError as error:
             return Claimed(error=describe(error))

@@ -6,7 +6,6 @@ import itertools
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -258,10 +257,12 @@ def test_a_script_that_ends_without_close_still_commits(url: str) -> None:
 
 
 def test_retention_does_not_hold_up_training(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine = retention.collect
+    genuine, begun, go_on, ended = retention.collect, threading.Event(), threading.Event(), threading.Event()
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(1.5)
+        begun.set()
+        go_on.wait(20)
+        ended.set()
         return genuine(*args, **kwargs)
 
     monkeypatch.setattr(retention, "collect", slow)
@@ -271,10 +272,12 @@ def test_retention_does_not_hold_up_training(url: str, monkeypatch: pytest.Monke
         for step in (1, 2):
             ckpt.save(step).wait(30)
         net.register_buffer("more", torch.zeros(10))  # another layout: it is planned and prepared anew
-        began = time.perf_counter()
+        assert begun.wait(30)
         ckpt.step(3)
-        ckpt.save(4)
-        assert time.perf_counter() - began < 1.0
+        saved = ckpt.save(4)
+        assert not ended.is_set()
+        go_on.set()
+        assert saved.wait(30).step == 4
 
 
 @pytest.mark.parametrize(
@@ -300,6 +303,9 @@ def test_odd_values_are_refused_and_not_bent(url: str) -> None:
         gpumove.Checkpointer(url, optimizer=object())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="GPUMOVE_EVERY_STEP is no setting"):
         Config.from_env({"GPUMOVE_EVERY_STEP": "5"})
+    # Whatever is wrong is said at once.
+    with pytest.raises(ConfigError, match=r"EVERY_S='x' is not .*EVERY_STEP is no setting.*every_steps must be"):
+        Config.from_env({"GPUMOVE_EVERY_S": "x", "GPUMOVE_EVERY_STEP": "5", "GPUMOVE_EVERY_STEPS": "-3"})
     for wrong in ({"every_steps": 2.0}, {"every_s": float("inf")}):
         with pytest.raises(ConfigError):
             Config(**wrong)  # type: ignore[arg-type]

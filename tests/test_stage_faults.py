@@ -110,7 +110,7 @@ def test_closing_does_not_wait_for_a_store_that_hangs(place: tuple[str, Proxy, B
         time.sleep(0.01)
     began = time.monotonic()
     stage.close()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20  # a call has a minute
     assert there(tmp_path / "here") == []
 
 

@@ -84,13 +84,13 @@ def _epoch(url: str, options: Mapping[str, Any], here: Path, *, ahead: int, step
 
 
 def test_training_does_not_wait_when_ahead_is_enough(s3_server: Bucket, tmp_path: Path) -> None:
-    # 4 MiB in 0.34 s over 100 Mbit/s; 0.8 s of training for each, so that a busy machine does not decide.
+    # 4 MiB in 0.34 s over 100 Mbit/s; over twice as much training for each, so that a busy machine does not decide.
     names = [f"s{i}" for i in range(6)]
     url = fill(f"{s3_server.url}/ahead", names, nbytes=4 * MIB, options=s3_server.options)
     with Proxy(s3_server.endpoint, up=Link(100, 0.01), down=Link(100, 0.01)) as proxy:
         options = s3_server.via(proxy.endpoint).options
         without = _epoch(url, options, tmp_path / "a", ahead=0, step_s=0.0)
-        ahead = _epoch(url, options, tmp_path / "b", ahead=2, step_s=0.8)
+        ahead = _epoch(url, options, tmp_path / "b", ahead=2, step_s=2.3 * without / 5)
     assert without > 5 * 0.33
     assert ahead < 0.1 * without, (ahead, without)
 

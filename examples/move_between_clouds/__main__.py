@@ -11,7 +11,6 @@ with the same number of ranks, to 0.1 % with another one (the same samples in ev
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -26,11 +25,11 @@ from rich.table import Table
 
 import gpumove
 from examples.demo import Life, differences, digest
-from examples.looks import bars, console, say
+from examples.looks import bars, console, leave, say
 from examples.move_between_clouds.clouds import Cloud, environment, two_clouds
 from examples.move_between_clouds.picture import draw
 from examples.move_between_clouds.processes import Running, Stage
-from examples.sizes import parse_sizes
+from examples.sizes import parse_sizes, parser_of
 
 RANKS = 2
 NEVER = 10**9
@@ -198,9 +197,7 @@ def prove(trip: Trip, out: Path, target: Cloud, args: argparse.Namespace) -> tup
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/move"), help="folder for everything (default out/move)")
-    parser.add_argument("--quick", action="store_true", help="fewer steps of a smaller model")
+    parser = parser_of(__doc__, "out/move", "fewer steps of a smaller model")
     parser.add_argument("--target-ranks", type=int, choices=(1, 2, 4), default=2, help="ranks in the second cloud (2)")
     parser.add_argument("--mbit-s", type=float, default=100, help="rate of each cloud's link (100)")
     parser.add_argument("--delay-s", type=float, default=0.025, help="its delay one way (0.025)")
@@ -230,10 +227,7 @@ def main() -> int:
         "out_bytes": trip.out_bytes,
     }
     sizes = {name: value for name, value in vars(args).items() if name != "out"}
-    report = {**sizes, **facts, **proof, "move": trip.report, "passed": not wrong}
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"The picture is {args.out / 'loss.png'}, the numbers are in report.json beside it.", soft_wrap=True)
-    return 1 if wrong else 0
+    return leave(args.out, "loss.png", {**sizes, **facts, **proof, "move": trip.report, "passed": not wrong})
 
 
 if __name__ == "__main__":

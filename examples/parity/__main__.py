@@ -24,11 +24,11 @@ from typing import Any
 
 from rich.table import Table
 
-from examples.looks import bars, console, say
-from examples.parity.cases import CASES, DIFFERENT, Case, Numbers, wrong
+from examples.looks import bars, console, leave, say
+from examples.parity.cases import CASES, Case, Numbers, wrong
 from examples.parity.picture import draw
-from examples.sizes import parse_sizes
-from gpumove.parity.verdict import Certificate, read_certificate
+from examples.sizes import parse_sizes, parser_of
+from gpumove.parity.verdict import DIFFERENT, Certificate, read_certificate
 from gpumove.words import percent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,11 +154,7 @@ def prove(judged: list[Judged], changed: list[str]) -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/parity"), help="folder for everything (default out/parity)"
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer steps and cases")
+    parser = parser_of(__doc__, "out/parity", "fewer steps and cases")
     parser.add_argument("--jobs", type=int, default=2, help="certificates at a time (2)")
     parser.add_argument("--most-s", type=float, default=300, help=argparse.SUPPRESS)
     sizes = {"steps": 100, "every-steps": 25, "certify": 20, "batch": 8, "context": 64, "layers": 3, "width": 96}
@@ -188,12 +184,7 @@ def main() -> int:
     draw(out / "parity.png", [(one.case, one.certificate) for one in judged])
     sizes = {name: value for name, value in vars(args).items() if name != "out"}
     facts = {"seconds": time.monotonic() - began, "wrong": said, "passed": not said}
-    report = {**sizes, **facts, "cases": [one.facts for one in judged]}
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    console.print(
-        f"The picture is {args.out / 'parity.png'}, the numbers are in report.json beside it.", soft_wrap=True
-    )
-    return 1 if said else 0
+    return leave(args.out, "parity.png", {**sizes, **facts, "cases": [one.facts for one in judged]})
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gpumove.parity.verdict import Certificate
+from gpumove.parity.verdict import BITWISE, DIFFERENT, WITHIN, Certificate
 
-BITWISE, WITHIN, DIFFERENT = "bitwise", "within tolerance", "different"
 HALF = {"batch": 0.5}
 EXIT = {BITWISE: 0, WITHIN: 0, DIFFERENT: 50}
 
@@ -40,7 +39,7 @@ CASES = (
     Case("threads", "two threads", names="threads", options={"threads": 2}, quick=True),
     Case("precision", "bfloat16 products", names="precision", options={"precision": "medium"}),
     Case("kernels", "AVX2 kernels", names="AVX2", env={"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}),
-    Case("ranks", "two ranks", WITHIN, names="ranks", options=HALF, ranks=2, dropout=False, quick=True),
+    Case("ranks", "two ranks", WITHIN, names="1 rank then, 2 now", options=HALF, ranks=2, dropout=False, quick=True),
     Case("masks", "two ranks, dropout", DIFFERENT, "world_size", options=HALF, ranks=2),
     Case("batch", "half the batch", DIFFERENT, "samples", options=HALF),
     Case("data", "data one batch on", DIFFERENT, "samples", fault="data", quick=True),

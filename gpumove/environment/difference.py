@@ -52,5 +52,6 @@ class Difference:
 
     @property
     def text(self) -> str:
-        """In one line, without what to do."""
-        return f"{self.field}: {self.before or '-'} -> {self.after or '-'}: {self.why}"
+        """In one line."""
+        words = f"{self.grade}: {self.field}: {self.before or '-'} -> {self.after or '-'}: {self.why}"
+        return f"{words} [{self.what_to_do}]" if self.what_to_do else words

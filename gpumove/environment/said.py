@@ -60,7 +60,7 @@ def _all(found: Any, sign: str = " ") -> str:
 
 def listed(found: Sequence[Difference]) -> str:
     """The differences that may matter, one line each; "" if there are none."""
-    rows = [f"{d.grade}: {d.text}" for d in found if d.grade != "exact"]
+    rows = [d.text for d in found if d.grade != "exact"]
     more = [f"and {count(len(rows) - _MOST, 'more difference')}"] if len(rows) > _MOST else []
     return "\n  ".join(rows[:_MOST] + more)
 

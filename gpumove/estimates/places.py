@@ -56,7 +56,10 @@ def place(text: str, prices: Prices, gpus: Gpus) -> Place:
     if row is None:
         regions = prices.regions_of(provider, instance)
         where = f" in {region}, only in {', '.join(regions)}" if regions else ""
-        why = f"what {provider}:{instance} costs and has: the table of prices has no row for it{where}"
+        why = (
+            f"what {provider}:{instance} costs and has: the table of prices has no row for it{where}: give one "
+            "(--prices-file)"
+        )
         return Place(text, provider, region, instance, many, None, None, None, spot, unknown=(why,))
     gpu, given = gpus.named(row.gpu), row.spot_usd_per_h if spot else row.usd_per_h
     unknown = () if gpu else (f"what the GPU {row.gpu} can do: the table of GPUs has no row for it",)

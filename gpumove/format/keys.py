@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from gpumove.format.manifest import PartRef
@@ -34,6 +35,17 @@ class Receipt(NamedTuple):
 def attempt_name(epoch: int, serial: int) -> str:
     """The name of an attempt; names of later attempts sort after those of earlier ones."""
     return f"{epoch:08d}-{serial:08d}"
+
+
+def epoch_of(attempt: str) -> int:
+    """The epoch in an attempt's name."""
+    return int(attempt[:8])
+
+
+def last_serial(epoch: int, attempts: Iterable[str]) -> int:
+    """The highest serial number among the attempts of one epoch; 0 if there is none."""
+    before = f"{epoch:08d}-"
+    return max((int(attempt[9:]) for attempt in attempts if attempt.startswith(before)), default=0)
 
 
 def attempt_of(key: str) -> str | None:

@@ -43,7 +43,7 @@ _SKEW_S = 5.0
 _PATIENCE_S = 20.0
 _WORDS: dict[Grade, str] = {
     "fatal": "by which it will not run or not fit", "numerics": "that may change numbers",
-    "unknown": "of which nothing can be told", "speed": "that may change the speed", "exact": "that change nothing",
+    "unknown": "of which nothing can be told", "speed": "that may change the speed", "exact": "of no effect",
 }  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def _same_job(store: Store, here: Facts) -> Check:
     grades = Counter(d.grade for d in found)
     what = "; ".join(f"{count(grades[g], 'difference')} {words}" for g, words in _WORDS.items() if grades[g])
     text = f"compared with where step {newest.step} was saved: {what or 'alike'}"
-    told = [f"{d.grade}: {d.text}{f' [{d.what_to_do}]' if d.what_to_do else ''}" for d in found if d.grade != "exact"]
+    told = [d.text for d in found if d.grade != "exact"]
     facts = {"step": newest.step, "differences": [asdict(d) for d in found]}
     status: Literal["ok", "warn", "fail"] = "ok"
     if {"numerics", "unknown"} & set(grades):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from gpumove.environment.fingerprint import machine, packages
 from gpumove.environment.said import lines
 from gpumove.errors import ConfigError
+from gpumove.memory import available_bytes, limit_bytes, machine_bytes
 from gpumove.words import size
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -66,30 +67,15 @@ def check_torch() -> Check:
 
 def check_memory() -> Check:
     """Host memory that is free."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        pass  # not Linux: free pages are the lower bound
-    limit = _container_limit()
+    free, total, limit = available_bytes(), machine_bytes(), limit_bytes()
+    if free is None or total is None:
+        return Check("memory", "ok", "how much is free is not known: there is no /proc/meminfo")
     text = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB available"
     if limit is not None and limit < total:
         text += f", limited to {limit / _GIB:.1f} GiB in this container"
-        free = min(free, limit)
     if free < 2 * _GIB:
         return Check("memory", "warn", text, "a save holds a copy of the rank's state in host memory: get more")
     return Check("memory", "ok", text)
-
-
-def _container_limit() -> int | None:
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            return int(Path(name).read_text())
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def check_memlock() -> Check:

@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Resume:
-    """What ``restore()`` would take now. ``step`` is 0 and ``entry`` None if training would begin anew."""
+    """What ``restore()`` would take now. ``step`` is 0 and ``entry`` None if it began anew, or not at all."""
 
     step: int
     entry: int | None
@@ -98,7 +98,9 @@ def _row(store: Store, view: View, checkpoint: Checkpoint, nbytes: int | None) -
 
 
 def _resume(view: View, rows: Sequence[Row]) -> Resume:
-    """The newest checkpoint that nothing is known to be wrong with, as restore() goes through them."""
+    """The newest checkpoint that nothing is known to be wrong with, as restore() goes through them, where it may."""
+    if why := view.refusal():
+        return Resume(0, None, f"nothing, here: {why}")
     rows = sorted(rows, key=lambda row: row.entry not in view.abandoned)  # stable: abandoned ones are tried last
     if not rows:
         return Resume(0, None, "no checkpoint has been committed yet, so training begins at step 0")

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from gpumove.errors import FencedError, ParityError
 from gpumove.format.manifest import Move
-from gpumove.move.baggage import Baggage
 from gpumove.move.cutover import step_s
 from gpumove.move.entries import Entries, OvertakenError
 from gpumove.move.report import Event, Report, Wishes
@@ -35,12 +34,11 @@ class Aftercare:
         source: the log that the run has left.
         target: where it is now.
         entries: of the move.
-        baggage: likewise.
         wishes: of the user.
     """
 
-    def __init__(self, source: Log, target: Log, entries: Entries, baggage: Baggage, wishes: Wishes) -> None:
-        self._source, self._target, self._entries, self._baggage = source, target, entries, baggage
+    def __init__(self, source: Log, target: Log, entries: Entries, wishes: Wishes) -> None:
+        self._source, self._target, self._entries = source, target, entries
         self._wishes, self._gone_after_s = wishes, wishes.gone_after_s
         self._findings: list[str] = []
         self._limits: list[str] = []
@@ -88,9 +86,9 @@ class Aftercare:
         return self._wishes.watch or str(here.facts.get("on_parity", ""))
 
     def _end(self, here: Move, took_back: str) -> Move:
-        """Say so at the source, with what follows; from here on nothing there is kept for the move."""
-        self._baggage.unpin(here)
-        facts = {**here.facts, "findings": self._findings, "back": took_back}
+        """Say so at the source, with what follows; nothing is kept there any more unless the run comes back."""
+        keeps = here.facts.get("keeps") if took_back else None
+        facts = {**here.facts, "findings": self._findings, "back": took_back, "keeps": keeps}
         said = [*(self._findings or ["nothing was found that was not so before the move"]), *self._limits]
         text = f"the watch is over: {'; '.join(said)}" + ("; the run is taken back" if took_back else "")
         try:

@@ -1,5 +1,5 @@
 """What goes along with a move besides checkpoints: what the run's steps were like, so that the job can compare its own
-with them at the target; what is to be done if they differ; and which checkpoint is kept until that is known."""
+with them at the target; what is to be done if they differ; and which checkpoint stays until that is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from gpumove.errors import ConfigError, GpumoveError
-from gpumove.format.manifest import Checkpoint, Manifest, Move, TraceRow
+from gpumove.format.manifest import Checkpoint, Manifest, TraceRow
 from gpumove.move.report import Wishes
 from gpumove.parity.usual import MOST_ROWS
 from gpumove.parity.watch import baseline
@@ -45,7 +45,8 @@ class Baggage:
         """For the seal and the handover.
 
         Args:
-            newest: the checkpoint that is handed over.
+            newest: the checkpoint that is handed over. Watched, it stays at the source as long as the newest word there
+                is the seal, or one that repeats ``keeps``.
         """
         self.look()
         back_to = self.back_to
@@ -56,25 +57,9 @@ class Baggage:
             "step_ratio": self._wishes.step_ratio,
             "on_parity": watch or None,
             "gone_after_s": self._wishes.gone_after_s if watch else None,
-            "pins": newest.number if watch and not newest.pinned else None,
+            "keeps": newest.number if watch else None,
             "back_to": back_to,
         }
-
-    # ---------------------------------------------------------------- what is kept
-
-    def pin(self, move: Move) -> None:
-        """Keep what was handed over, at the source, until it is known whether the run goes on from it after all."""
-        self._set(move, pinned=True)
-
-    def unpin(self, move: Move) -> None:
-        """Retention may have it again. What the user has pinned stays pinned."""
-        self._set(move, pinned=False)
-
-    def _set(self, move: Move, *, pinned: bool) -> None:
-        number = move.facts.get("pins")
-        for checkpoint in self._source.view.checkpoints:
-            if checkpoint.number == number and checkpoint.pinned != pinned:
-                self._source.pin(checkpoint, pinned=pinned)
 
     # ---------------------------------------------------------------- going back behind what was trained
 

@@ -33,7 +33,7 @@ def check_ends(rounds: Rounds, allowed: Callable[[], object]) -> None:
     rounds.replica.look()
     if existed:  # a new run's log was tried out as it was made
         target.store.probe_create()
-    _check_room(target.store.url, rounds.left_bytes())
+    _check_room(target.store.url, rounds.left_bytes(rounds.replica.look()))
 
 
 def _check_room(url: str, nbytes: int) -> None:

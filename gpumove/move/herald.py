@@ -6,8 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from gpumove.errors import GpumoveError
 from gpumove.format.manifest import Move
@@ -21,19 +20,20 @@ _AGAIN_S = 300.0
 
 
 class _ChangedError(Exception):
-    """The mover itself has gone on meanwhile."""
+    """Somebody has said something since: it is to be read first."""
 
 
 class Herald:
     """Runs between ``with`` and its end, and speaks while ``copying``.
 
     Args:
-        source: the mover's log, whose view is looked at; what is written goes through another one.
+        source: the mover's log, whose view is looked at; what comes meanwhile is read and written through another one.
         crowded: whether commits take too much of the link.
     """
 
     def __init__(self, source: Log, crowded: Callable[[], bool]) -> None:
         self._source, self._crowded = source, crowded
+        self._log = Log(source.store)
         self.copying = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gpumove-herald", daemon=True)
@@ -48,26 +48,34 @@ class Herald:
 
     def _run(self) -> None:
         while not self._ended.wait(_TICK_S):
-            begun = self._source.view.move
-            if not self.copying or begun is None or begun.state != "begin":
+            if not self.copying:
                 continue
-            hold = not begun.facts.get("hold") and not begun.facts.get("idle") and self._crowded()
+            if self._log.view.head < self._source.view.head:
+                self._log.view = self._source.view
+            if self._due() is None:
+                continue
             try:
-                if hold or time.time() - begun.time > _AGAIN_S:
-                    self._say(begun, {**begun.facts, "hold": hold or begun.facts.get("hold", False)}, hold=hold)
+                self._log.follow()  # the mover looks between rounds only
+                if (due := self._due()) is not None:
+                    self._say(*due)
             except _ChangedError:
                 continue
             except GpumoveError as error:
                 _log.debug("not said at the source: %s", error)
 
-    def _say(self, begun: Move, facts: Mapping[str, Any], *, hold: bool) -> None:
-        log = Log(self._source.store)
-        log.view = self._source.view
+    def _due(self) -> tuple[Move, bool] | None:
+        """The word to be said again, by what is known of the log, and whether it is now that saves are to wait."""
+        begun = self._log.view.move
+        if begun is None or begun.state != "begin":
+            return None
+        hold = not begun.facts.get("hold") and not begun.facts.get("idle") and self._crowded()
+        return (begun, hold) if hold or time.time() - begun.time > _AGAIN_S else None
 
+    def _say(self, begun: Move, hold: bool) -> None:
         def check(view: View) -> None:
-            # What the job has answered in the meantime is no change: it is asked anew.
-            if view.move is None or (view.move.move, view.move.state) != (begun.move, "begin"):
+            if view.move != begun:
                 raise _ChangedError
 
         text = "no saves that are only due: they take too much of the link" if hold else "still copying"
-        log.move("begin", move=begun.move, other=begun.other, facts=facts, text=text, check=check)
+        facts = {**begun.facts, "hold": hold or begun.facts.get("hold", False)}
+        self._log.move("begin", move=begun.move, other=begun.other, facts=facts, text=text, check=check)

@@ -236,14 +236,13 @@ class Mover:
     def _hand_over(self) -> None:
         """The right to write appears at the target, which has all that the source has ever committed."""
         newest, move = self._complete()
-        self._baggage.pin(move)
         text = f"to be resumed here from step {newest.step}: gpumove run {self.ends.target}"
-        self._entries.enter("handover", at=self.target, facts=dict(move.facts), text=text)
+        facts = {**move.facts, "keeps": None}  # what is kept is kept at the source
+        self._entries.enter("handover", at=self.target, facts=facts, text=text)
         self.rounds.courier.bring_quietly()  # what was published until the seal
 
     def _return(self) -> None:
         """The move was withdrawn after the seal: the right to write appears at the source again."""
-        self.unpin()
         self._entries.enter("handover", text="the move was withdrawn: to be resumed here")
 
     def _seal_late(self) -> None:
@@ -265,18 +264,13 @@ class Mover:
     def _finish(self) -> None:
         here, there = self.source.view.move, self.target.view.move
         known = {} if here is None else here.facts
-        said = {name: known.get(name) for name in ("forecast_s", "on_parity", "gone_after_s", "pins")}
+        said = {name: known.get(name) for name in ("forecast_s", "on_parity", "gone_after_s", "keeps")}
         facts = said | {"handed": known.get("step")} | ({} if there is None or not there.is_over else there.facts)
         self._entries.enter("done", facts=facts, text=f"the job trains at {self.ends.target}")
 
     def watch(self, report: Report, back: Callable[[Wishes], Report]) -> Report:
         """If that is wanted, stay until the job at the target has compared itself; ``back`` takes the run back."""
-        return Aftercare(self.source, self.target, self._entries, self._baggage, self.wishes).run(report, back)
-
-    def unpin(self) -> None:
-        """Nothing at the source is kept for this move any more."""
-        if self.source.view.move is not None:
-            self._baggage.unpin(self.source.view.move)
+        return Aftercare(self.source, self.target, self._entries, self.wishes).run(report, back)
 
     # ---------------------------------------------------------------- giving up
 

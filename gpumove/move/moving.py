@@ -100,9 +100,8 @@ def move(
         if rollback:
             return _roll_back(forth, back, returns=returns)
         if returns:
-            _check_resumed(resume, f"the run is on its way from {target.url} back to {source.url}")
-            _open(back.source)
-            return back.run()
+            begun = _check_back(forth, back, resume=resume)
+            return back.run() if begun else forth.watch(forth.report(Phase.DONE, "the run has moved"), take_back)
         if resume and forth.look() is Phase.FRESH and forth.target.view.sealed == source.url:
             _open(back.source)  # all is done but the last word
             return back.run()
@@ -118,6 +117,21 @@ def _check_forth(forth: Mover, *, resume: bool) -> None:
         _check_resumed(resume, f"a move from {source} to {target} is under way ({now.value})")
     elif resume:
         raise ConfigError(f"no move between {source} and {target} is under way: leave out --resume to begin one")
+
+
+def _check_back(forth: Mover, back: Mover, *, resume: bool) -> bool:
+    """Whether the way back has begun; if not, a watch has decided on it. A replica by itself is neither."""
+    (source, target), told = forth.ends, forth.source.view.move
+    _open(back.source)
+    begun = back.look() is not Phase.FRESH
+    if not begun and not (told is not None and told.state == "watched" and told.facts.get("back")):
+        raise ConfigError(
+            f"{source} is a replica of {target}, where the run lies, and no move between the two is under way: "
+            f"`gpumove move {target} --to {source}` begins one",
+            code="config.replica",
+        )
+    _check_resumed(resume, f"the run is on its way from {target} back to {source}")
+    return begun
 
 
 def _check_resumed(resume: bool, what: str) -> None:
@@ -141,8 +155,10 @@ def _roll_back(forth: Mover, back: Mover, *, returns: bool) -> Report:
             return forth.report(now, _withdrawn(forth.ends))
         if now is Phase.FORCED:
             raise ConfigError(f"{forth.ends.source} is not sealed yet: seal it with --resume", code="config.moving")
-        forth.unpin()
     _open(back.source)
+    told = forth.source.view.move
+    if returns and back.look() is Phase.FRESH and (told is None or told.other != back.ends.source):
+        raise ConfigError(f"no move from {forth.ends.source} is under way: there is nothing to take back")
     return back.run()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpumove.errors import ConfigError, StoreError
+from gpumove.errors import ConfigError, IntegrityError, StoreError
 from gpumove.format.manifest import Checkpoint
 from gpumove.move.cutover import (
     Choice,
@@ -25,7 +25,7 @@ from gpumove.move.cutover import (
     step_s,
 )
 from gpumove.move.report import Wishes
-from gpumove.move.rounds import Forecast, Measured, Round, Rounds, crowded_below, measure
+from gpumove.move.rounds import Forecast, Round, Rounds, crowded_below
 
 _COMMIT_S = 600.0
 """A commit is waited for at least so long."""
@@ -88,12 +88,19 @@ class Precopy:
             self._singles = _Since(self._rounds.replica.source.view.head)
 
     def next_step(self) -> Next:
-        """What to do now. ``steps`` and ``usual``: ask the job to save after every step, or no longer."""
+        """What to do now. ``steps`` and ``usual``: ask the job to save after every step, or no longer.
+
+        Raises:
+            IntegrityError: the newest checkpoint is damaged, and no job says that it is there.
+        """
         began = time.monotonic()
         newest, view = self._rounds.replica.look(), self._rounds.replica.source.view
         self._looks.append(time.monotonic() - began)
-        left = None if newest is None else self._rounds.left_bytes()
-        done, delta_bytes = len(self._rounds.done), self._measured().delta_bytes or 0.0
+        try:
+            left = None if newest is None else self._rounds.left_bytes(newest)
+        except IntegrityError:
+            return self._unreadable(newest)
+        done, delta_bytes = len(self._rounds.done), self._rounds.measured().delta_bytes or 0.0
         self._current |= left is None
         self._standing = Standing(self._forecast(left or 0), left, delta_bytes, done, self._steady, self._tries)
         following = decide(self._standing, self._max_blackout_s)
@@ -108,11 +115,19 @@ class Precopy:
             return Next("usual", "a later commit is waited for")
         if self._singles.number < 0:
             return following
-        if self._singles.count(self._commits()) < _SINGLE_STEPS and not view.sealed:
+        if self._singles.count(self._rounds.commits()) < _SINGLE_STEPS and not view.sealed:
             return more
         if not self._standing.forecast.converges and following.step != "cut":
             return Next("usual", self._standing.forecast.why)
         return following
+
+    def _unreadable(self, newest: Checkpoint | None) -> Next:
+        """The source's retention has passed by, or it is damaged: a job that is there commits another one."""
+        now = time.monotonic()
+        self._since, self._hoping = self._since or now, False
+        if not self._heard and now >= self._since + self._hear_s:
+            self._rounds.check_sound(newest)
+        return Next("round", "the newest checkpoint cannot be read: a later one is waited for")
 
     def _hopes(self) -> bool:
         """Whether a job may still say that it is there and what it will take, or has begun to read ahead."""
@@ -128,7 +143,7 @@ class Precopy:
 
         In the first round the rate is taken to be the most that it can be.
         """
-        found, copier = self._measured(), self._rounds.replica.copier
+        found, copier = self._rounds.measured(), self._rounds.replica.copier
         rate = found.rate_bytes_s if self._rounds.done else copier.rate.most_bytes_s
         if self._singles.number >= 0 or self._released or not rate or not found.every_s or not found.delta_bytes:
             return False
@@ -153,7 +168,7 @@ class Precopy:
         head = self._rounds.replica.source.view.head
         if self._hoping or self._waiting_since[0] != head:
             self._waiting_since = head, time.monotonic()
-        most_s = max(_COMMIT_S, 3 * (self._measured().every_s or 0.0))
+        most_s = max(_COMMIT_S, 3 * (self._rounds.measured().every_s or 0.0))
         if time.monotonic() - self._waiting_since[1] > most_s:
             raise StoreError(
                 f"the source has committed nothing for {most_s:g} s, and a later commit was waited for: "
@@ -163,15 +178,6 @@ class Precopy:
         time.sleep(seconds)
 
     # ---------------------------------------------------------------- what is known
-
-    def _commits(self) -> Sequence[Checkpoint]:
-        view = self._rounds.replica.source.view
-        return [c for c in view.checkpoints if c.number not in view.abandoned]
-
-    def _measured(self) -> Measured:
-        replica = self._rounds.replica
-        rate_bytes_s = replica.copier.rate.bytes_s
-        return measure(self._rounds.done, self._commits(), record_bytes=replica.needs.nbytes, rate_bytes_s=rate_bytes_s)
 
     def _forecast(self, left_bytes: int) -> Forecast:
         target = self._rounds.replica.target.view
@@ -187,7 +193,7 @@ class Precopy:
         return self._rounds.forecast(**known)
 
     def _leave_s(self) -> float | None:
-        found = self._measured()
+        found = self._rounds.measured()
         if self._save_s is None or not found.rate_bytes_s:
             return self._save_s
         return leave_s(self._save_s, (found.delta_bytes or 0.0) / found.rate_bytes_s, self._packs)
@@ -199,7 +205,7 @@ class Precopy:
 
     def _behind_s(self, left_bytes: int) -> float:
         """What older commits add to the blackout, were the job asked to leave now."""
-        found, commits = self._measured(), self._commits()
+        found, commits = self._rounds.measured(), self._rounds.commits()
         if not (rate := found.rate_bytes_s):
             return 0.0
         if (each := step_s(commits)) is None:  # the job may leave at once
@@ -216,9 +222,9 @@ class Precopy:
 
     def choose(self, now: float) -> Choice:
         """Whether the job is to save before it leaves."""
-        found = self._measured()
+        found = self._rounds.measured()
         return ship_or_replay(
-            self._commits(), now=now, rate_bytes_s=found.rate_bytes_s, delta_bytes=found.delta_bytes or 0.0,
+            self._rounds.commits(), now=now, rate_bytes_s=found.rate_bytes_s, delta_bytes=found.delta_bytes or 0.0,
             save_s=self._save_s or 0.0, packs=self._packs,
         )  # fmt: skip
 

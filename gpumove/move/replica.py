@@ -184,8 +184,7 @@ class Replica:
     def _running(self) -> tuple[str, str]:
         """The names of the attempts that may be running: the last save's, and that of the one before it."""
         view = self.source.view
-        newest = max((c.attempt for c in view.checkpoints), default="")
-        last = int(newest[9:]) if newest.startswith(keys.attempt_name(view.epoch, 0)[:9]) else 0
+        last = keys.last_serial(view.epoch, (c.attempt for c in view.checkpoints))
         return keys.attempt_name(view.epoch, last + 1), keys.attempt_name(view.epoch, last + 2)
 
     def mend(self, checkpoint: Checkpoint, *, progress: Progress | None = None) -> Sent:
@@ -210,7 +209,7 @@ class Replica:
 
     def _own(self, checkpoint: Checkpoint) -> None:
         """Claim the target, unless that was done; its epoch must not be lower than any attempt that is brought."""
-        epoch = max(self.source.view.epoch, int(checkpoint.attempt[:8]))
+        epoch = max(self.source.view.epoch, keys.epoch_of(checkpoint.attempt))
         if self.target.epoch is None or self.target.epoch < epoch:
             self.target.follow()  # raises where another one has taken over
             self.claim(epoch)

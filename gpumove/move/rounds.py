@@ -259,16 +259,20 @@ class Rounds:
         newest = self.replica.look()
         return newest is None or newest.attempt in self.damaged
 
-    def left_bytes(self) -> int:
-        """What the newest checkpoint needs and the target lacks."""
-        newest = self.replica.look()
+    def commits(self) -> list[Checkpoint]:
+        """Of the source's own line, oldest first."""
+        view = self.replica.source.view
+        return [c for c in view.checkpoints if c.number not in view.abandoned]
+
+    def measured(self) -> Measured:
+        """The last of them, and of the rounds, in numbers."""
+        record_bytes, rate_bytes_s = self.replica.needs.nbytes, self.replica.copier.rate.bytes_s
+        return measure(self.done, self.commits(), record_bytes=record_bytes, rate_bytes_s=rate_bytes_s)
+
+    def left_bytes(self, newest: Checkpoint | None) -> int:
+        """What the checkpoint that was found to be lacking needs, and the target does not have."""
         return 0 if newest is None else sum(o.nbytes for o in self.replica.missing(newest))
 
     def forecast(self, **parts: float) -> Forecast:
         """What a stop of the job would cost now; ``parts`` are seconds for what is not this room's to know."""
-        view = self.replica.source.view
-        line = [c for c in view.checkpoints if c.number not in view.abandoned]
-        found = measure(
-            self.done, line, record_bytes=self.replica.needs.nbytes, rate_bytes_s=self.replica.copier.rate.bytes_s
-        )
-        return forecast(found, **parts)
+        return forecast(self.measured(), **parts)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from gpumove.format.codec import digest
 from gpumove.format.dtypes import item_bytes
 from gpumove.format.probes import MOST_VALUES, Output, Probe
+from gpumove.parity.verdict import BITWISE, DIFFERENT, WITHIN
 
-BITWISE, WITHIN, DIFFERENT = "bitwise", "within tolerance", "different"
 _ORDER = (BITWISE, WITHIN, DIFFERENT)
 TOLERANCES = {
     "float64": 1e-6,

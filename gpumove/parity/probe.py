@@ -21,7 +21,8 @@ from gpumove.errors import ConfigError
 from gpumove.format.manifest import Manifest
 from gpumove.format.probes import Probe
 from gpumove.parity.arrays import named, to_array
-from gpumove.parity.outputs import DIFFERENT, Array, ProbeResult, compare, record
+from gpumove.parity.outputs import Array, ProbeResult, compare, record
+from gpumove.parity.verdict import DIFFERENT
 from gpumove.state.aside import aside, whole
 from gpumove.state.capture import Job
 from gpumove.state.members import ModelMember

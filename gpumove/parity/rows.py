@@ -13,6 +13,7 @@ import msgspec
 
 from gpumove.format.manifest import TraceRow
 from gpumove.parity.trace import number, word
+from gpumove.words import count
 
 SAME_DEVICES, OTHER_DEVICES = 0.001, 0.005
 """Tolerances of a loss, relative."""
@@ -52,6 +53,11 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     reproducible: bool = False
     """The machine gives the same bits every time: no device, or deterministic algorithms."""
     tolerance: float | None = None
+
+    @property
+    def ranks(self) -> str:
+        """Both numbers, in words."""
+        return f"{count(self.world_sizes[0], 'rank')} then, {self.world_sizes[1]} now"
 
 
 class Table:

@@ -93,7 +93,8 @@ def read_certificate(path: str | Path) -> Certificate:
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Certificate)
     except (OSError, msgspec.MsgspecError) as error:
-        raise ConfigError(f"{path} is no certificate that can be read: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} is no certificate that can be read: {why}") from error
 
 
 def judge(recorded: Sequence[TraceRow], replayed: Sequence[TraceRow], setting: Setting) -> Certificate:
@@ -180,7 +181,7 @@ def _few(setting: Setting, compared: int) -> str:
 
 def _nothing(table: Table) -> str:
     if not table.pairs:
-        return "no step that was recorded was trained again"
+        return "no step that was recorded was trained again: the script ended before, or counts its steps otherwise"
     told = [any(number(row, "loss") is not None for row in rows) for rows in zip(*table.pairs.values())]
     side = "the run did not record" if not told[0] else "the job did not tell"
     return f"{side} a loss or a gradient norm: give loss= and grad_norm= to ckpt.step()"
@@ -191,7 +192,7 @@ def _machines(setting: Setting, cause: str) -> str:
         return ""
     words = list(setting.differences[:3])
     if setting.world_sizes[0] != setting.world_sizes[1]:
-        words.insert(0, f"{setting.world_sizes[0]} ranks then, {setting.world_sizes[1]} now")
+        words.insert(0, setting.ranks)
     return f"; the machines differ: {', '.join(words)}" if words else ""
 
 

@@ -130,16 +130,13 @@ class Judge:
         """What cannot be compared, and why."""
         said = []
         if self._loss is None:
-            said.append(f"the loss, because {self._lacking('loss', 'losses')}")
+            said.append(f"the loss, because {_lacking('losses')}")
         if self._before is None or self._before.seconds is None:
-            said.append(f"the step time, because {self._lacking('seconds', 'step times')}")
+            said.append(f"the step time, because {_lacking('step times')}")
         elif self._ratio is None:
             said.append("the step time, because these are other devices, or another number of them, and nobody has "
                         "said how fast they are (gpumove move --step-ratio)")  # fmt: skip
         return said
-
-    def _lacking(self, name: str, what: str) -> str:
-        return f"the source has fewer than {LEAST_ROWS} recorded {what}"
 
     def standing(self) -> dict[str, float]:
         """How it looks so far: medians here and there."""
@@ -153,6 +150,10 @@ class Judge:
             facts |= {"s_expected": self._time.before.level * self._ratio}
             facts |= {} if now is None else {"s": now * self._ratio}
         return {name: float(f"{value:.5g}") for name, value in facts.items()}
+
+
+def _lacking(what: str) -> str:
+    return f"the source has fewer than {LEAST_ROWS} recorded {what}"
 
 
 def _above(now: float, level: float) -> str:

@@ -153,9 +153,9 @@ def _differences(histories: Sequence[History], lines: Sequence[Line]) -> tuple[D
 
 
 def fingerprint(histories: Sequence[History], line: Line) -> dict[str, Any]:
-    """Of the newest checkpoint of a side that has one, with what its entry says; empty if none has."""
+    """Of the newest checkpoint of a side that has one; empty if none has."""
     for save in reversed(line.saves):
         for history in histories:
             if found := history.fingerprints.get(save.at.manifest):
-                return {"world_size": save.at.world_size, "state_bytes": save.at.state_bytes, **found}
+                return found
     return {}

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from gpumove.environment.compare import of
 from gpumove.errors import IntegrityError
 from gpumove.format.manifest import Checkpoint, Claim, Collect, LogEntry, Manifest, Move, Note, Took
 from gpumove.format.probes import Probe
@@ -67,7 +68,7 @@ class History:
     points: dict[str, tuple[Point, ...]]
     """By manifest: two stores of one run have common ones."""
     fingerprints: dict[str, dict[str, Any]]
-    """By manifest."""
+    """By manifest, where there is one."""
     probes: dict[str, tuple[Probe, ...]]
     """By manifest, where any were recorded."""
     moves: tuple[Move, ...]
@@ -101,7 +102,7 @@ def read_history(log: Log, checked: VerifyReport | None = None) -> History:
         url=log.store.url, run=log.run, now=time.time(), host=view.host, condition=explain(view, log.store.url),
         events=tuple(sorted(events, key=lambda e: e.time)), saves=saves,
         points={name: tuple(points(m.trace, epoch=c.epoch)) for name, (c, m) in named.items()},
-        fingerprints={name: m.fingerprint for name, (_, m) in named.items()},
+        fingerprints={name: of(m) for name, (_, m) in named.items() if m.fingerprint},
         probes={name: m.probes for name, (_, m) in named.items() if m.probes}, moves=_moves(entries),
         unknown=tuple(_unknown(view, entries, manifests, lost, broken)), deep=checked is not None and checked.deep,
     )  # fmt: skip

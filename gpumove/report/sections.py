@@ -8,7 +8,9 @@ from itertools import groupby, pairwise
 from statistics import median
 from typing import Any
 
-from gpumove.format.manifest import Took
+from gpumove.format.manifest import Move, Took
+from gpumove.parity.watch import in_text
+from gpumove.parity.watch import told as watched
 from gpumove.report.bill import Bill
 from gpumove.report.charts import Curve, bars, chart, curves, lanes
 from gpumove.report.compare import Comparison, Line
@@ -222,10 +224,20 @@ def moves(found: Comparison) -> list[Markup]:
     starts = {name: min(m.time for m in ordered if m.move == name) for name in {m.move for m in ordered}}
     parts = []
     for name, entries in groupby(sorted(ordered, key=lambda m: (starts[m.move], m.move, m.time)), key=lambda m: m.move):
-        rows = [(m.state, f"{m.time - starts[name]:.1f} s", m.text, _facts(m.facts)) for m in entries]
+        rows = [(m.state, f"{m.time - starts[name]:.1f} s", m.text, _measured(m)) for m in entries]
         caption = f"Move {name}, begun {when(starts[name])}"
         parts.append(table(caption, ("State", "After", "What", "Measured"), rows, right="lrll"))
     return parts
+
+
+def _measured(move: Move) -> str:
+    """Its figures. What the job's steps are compared with is for programs; how they compare is said in words."""
+    facts = {name: value for name, value in move.facts.items() if name not in ("baseline", "watch")}
+    if isinstance(parts := facts.get("forecast_parts"), dict):
+        facts["forecast_parts"] = {f"{name}_s": value for name, value in parts.items()}
+    watch = watched(move)
+    compared = "" if watch is None else in_text(watch.standing, watch.unjudged)
+    return "; ".join(words for words in (_facts(facts), compared) if words)
 
 
 def _facts(facts: dict[str, Any]) -> str:

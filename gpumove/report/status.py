@@ -8,12 +8,13 @@ from itertools import pairwise
 from statistics import median
 
 from gpumove.errors import IntegrityError
-from gpumove.format.manifest import Checkpoint, Manifest
+from gpumove.format.manifest import Checkpoint, LogEntry, Manifest, Note
 from gpumove.inspection.condition import explain
+from gpumove.parity.watch import told
 from gpumove.report.points import Point, points
 from gpumove.store.log import Log
-from gpumove.store.records import read_manifest
-from gpumove.store.view import View
+from gpumove.store.records import read_entry, read_manifest
+from gpumove.store.view import Broken, View
 
 _RECENT, _LOOK_BACK = 8, 3
 
@@ -47,21 +48,24 @@ class Status:
     """Log entries that cannot be read."""
     owned: bool
     """Whether a job may write here: the run was not moved away, nor is this a copy."""
+    ended: str = ""
+    """What the log says of the end of the job, if it does: one that just comes to its end says nothing."""
 
     @property
-    def overdue(self) -> bool:
-        """Whether a commit should have come long ago, by how they came before."""
-        if self.every_s is None or self.committed is None or not self.owned:
+    def quiet(self) -> bool:
+        """Whether a commit should have come long ago, by how they came before, had the job not ended."""
+        if self.every_s is None or self.committed is None or not self.owned or self.ended:
             return False
         return self.now - self.committed > 3 * self.every_s + 30
 
 
 class Watch:
-    """Looks at one run again and again; a manifest is read once."""
+    """Looks at one run again and again; a manifest is read once, and so is the last entry."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
         self._read: dict[str, Manifest | None] = {}
+        self._last: tuple[int, LogEntry | Broken | None] = 0, None
 
     def look(self) -> Status:
         """How it stands.
@@ -86,8 +90,14 @@ class Watch:
             every_s=every_s, step_s=median(timed) if timed else step_s,
             loss=last.loss if last else None, loss_step=last.step if last else None,
             health=tuple(f"step {h.get('step')}: {h.get('text')}" for h in manifest.health) if manifest else (),
-            broken=len(view.broken), owned=not view.sealed and not view.follows,
+            broken=len(view.broken), owned=not view.sealed and not view.follows, ended=_ended(view, self._entry(view)),
         )  # fmt: skip
+
+    def _entry(self, view: View) -> LogEntry | Broken | None:
+        """The last one."""
+        if self._last[0] != view.head:
+            self._last = view.head, read_entry(self._log.store, view.head)
+        return self._last[1]
 
     def _newest_rows(self, view: View) -> list[Point]:
         """Of the newest manifest that has any: one that follows at once on another has none."""
@@ -106,6 +116,21 @@ class Watch:
             except IntegrityError:  # what it said is unknown; `gpumove verify` says why
                 self._read = dict(kept) | {key: None}
         return self._read[key]
+
+
+def _ended(view: View, last: LogEntry | Broken | None) -> str:
+    """What a job has said at its end: on a notice, for a move, or while it compared itself after one."""
+    if isinstance(last, Note) and last.text.startswith("left after step"):
+        return f"the job has {last.text}"
+    if view.move is None or view.move.epoch != view.epoch:
+        return ""  # another one has come since
+    if view.move.state == "left":
+        return "the job has left, for a move"
+    state = told(view.move)
+    if state is None or not state.ended:
+        return ""
+    known = {"finished": "the job has come to its end", "left": "the job has left, as it was asked to"}
+    return known.get(state.ended, f"the job has ended with {state.ended}")
 
 
 def _paces(view: View) -> tuple[float | None, float | None]:

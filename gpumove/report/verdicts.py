@@ -55,8 +55,7 @@ def _styled(word: str) -> Markup:
 def _certificate(number: int, found: Certificate) -> list[Markup]:
     """One verdict with its evidence: every step that was compared."""
     said = found.setting
-    ranks = " then, ".join(count(size, "rank") for size in said.world_sizes)
-    words = f": {found.why} ({ranks} now; a loss may differ by {percent(found.tolerance)})."
+    words = f": {found.why} ({said.ranks}; a loss may differ by {percent(found.tolerance)})."
     parts = [tag("p", "Verdict of ", moment(found.time), ", ", _styled(found.verdict), words)]
     if found.steps:
         caption = f"Certificate {number}: steps after step {said.step} of {said.url}, trained again"

@@ -14,6 +14,7 @@ from gpumove.format.pointer import Exported, Pointer, check_name
 from gpumove.inspection.run import open_run
 from gpumove.store.objects import Store
 from gpumove.store.pointers import numbers, read_pointer
+from gpumove.store.retry import unless
 
 _log = logging.getLogger("gpumove")
 Options = Mapping[str, Any] | None
@@ -58,7 +59,7 @@ def follow(
         url: the run, or a replica of it.
         name: such as ``"production"``.
         every_s: seconds between two looks.
-        stop: set it to end.
+        stop: set it to end; no store is waited for then.
         config: bounds; by default from the environment.
         storage_options: for fsspec.
 
@@ -78,14 +79,15 @@ def _follow(
     with closing(Store.open(url, Config.from_env() if config is None else config, options=options)) as store:
         while not stop.is_set():
             try:
-                number = max(numbers(store, name).get(name, ()), default=0)
+                with unless(stop.is_set):
+                    number = max(numbers(store, name).get(name, ()), default=0)
+                    pointer = read_pointer(store, name, number) if number > seen else None
                 if not number and not said:
                     said = f"nothing is published as {name} at {store.url} yet"
                     _log.info("%s", said)
                 elif number and number == seen:
                     said = ""  # should the store fail again, that is said again
-                if number > seen:
-                    pointer = read_pointer(store, name, number)
+                if pointer is not None:
                     seen, said = number, ""
                     if pointer.step is None:
                         _log.warning("%s stands for nothing now (%s): what is served stays", name, pointer.mark)
@@ -93,7 +95,7 @@ def _follow(
                         served = pointer.attempt, pointer.export
                         yield pointer
             except GpumoveError as error:
-                if str(error) != said:
+                if str(error) != said and not stop.is_set():
                     _log.warning("following %s: %s; what is served stays", name, error)
                 said = str(error)
             stop.wait(every_s)

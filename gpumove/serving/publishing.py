@@ -22,6 +22,7 @@ from gpumove.format.manifest import FORMAT, LogEntry, Manifest, Pin, encode_chec
 from gpumove.format.pointer import Pointer, check_name
 from gpumove.inspection.receipt import read_receipt
 from gpumove.inspection.run import open_run, pick
+from gpumove.parity.outputs import Array
 from gpumove.serving.following import newest_of, nothing
 from gpumove.serving.gate import judge, read
 from gpumove.store.log import Log
@@ -72,7 +73,7 @@ def publish(
         IntegrityError: the checkpoint is damaged.
     """
     check_name(name)
-    live = None if outputs is None else read(outputs)
+    live = _given(outputs, probe, tolerance)
     with _at_home(url, config, storage_options) as log:
         checkpoint = pick(log.view, step, url=log.store.url)
         if checkpoint.number in log.view.damaged:
@@ -107,7 +108,7 @@ def promote(
         outputs: what the serving stack computes for the probe's inputs, with what ``source`` stands for.
         probe: which of the checkpoint's probes they are of.
         tolerance: the largest difference that passes, as a share of the largest recorded value.
-        gate: whether that is asked for at all.
+        gate: whether that is asked for at all; without, there are to be no outputs.
         text: why; for people.
         config: bounds; by default from the environment.
         storage_options: for fsspec.
@@ -119,10 +120,11 @@ def promote(
         IntegrityError: the pointer or the checkpoint is damaged.
     """
     check_name(source), check_name(name)
-    live = None if outputs is None else read(outputs)
+    live = _given(outputs, probe, tolerance, gate=gate)
     with _at_home(url, config, storage_options) as log:
         pointer = newest_of(log.store, source)
-        manifest = read_manifest(log.store, pick(log.read(), pointer, url=log.store.url))
+        log.follow()  # it may stand for what was committed since
+        manifest = read_manifest(log.store, pick(log.view, pointer, url=log.store.url))
         if live is None and gate:
             raise ConfigError(
                 f"the gate is closed: give the outputs of what {source} serves (step {pointer.step}) for the inputs of "
@@ -195,7 +197,26 @@ def _at_home(url: str, config: Config | None, storage_options: Options) -> Itera
         yield log
 
 
-def _passed(manifest: Manifest, live: Any, probe: str | None, tolerance: float | None) -> dict[str, Any]:
+def _given(outputs: Any, probe: str | None, tolerance: float | None, *, gate: bool = True) -> dict[str, Array] | None:
+    """What is to be compared, if anything is.
+
+    Raises:
+        ConfigError: the arguments contradict one another: a gate that somebody relies on would not be one.
+    """
+    if outputs is None and (probe is not None or tolerance is not None):
+        raise ConfigError(
+            "probe and tolerance say how outputs are compared, and none are given: nothing would be. Give the outputs "
+            "too (--outputs), or leave out the others",
+            code="config.no_outputs",
+        )
+    if outputs is not None and not gate:
+        raise ConfigError("outputs are given, and are not to be compared (--no-gate): leave out one of the two")
+    return None if outputs is None else read(outputs)
+
+
+def _passed(
+    manifest: Manifest, live: Mapping[str, Array], probe: str | None, tolerance: float | None
+) -> dict[str, Any]:
     result = judge(manifest, live, name=probe, tolerance=tolerance)
     if not result.ok:
         raise ParityError(
@@ -208,7 +229,7 @@ def _passed(manifest: Manifest, live: Any, probe: str | None, tolerance: float |
 
 def _point(log: Log, name: str, action: str, fields: Mapping[str, Any], *, text: str) -> Pointer:
     """Mark the checkpoint in the log, so that no retention takes it, then make the pointer; in this order."""
-    log.read()
+    log.follow()
     _check_here(log.view, log.store.url)
     known = numbers(log.store, name).get(name, [])
     number = known[-1] + 1 if known else 1

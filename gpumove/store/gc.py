@@ -20,7 +20,7 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest, pinned and published ones, and multiples of ``keep_every``."""
+    """Which checkpoints stay: the newest, pinned and published ones, what a move keeps, multiples of ``keep_every``."""
 
     keep_last: int | None = None
     keep_every: int | None = None
@@ -36,7 +36,7 @@ class Retention:
             if c.number in newest
             or c.pinned
             or c.pointers
-            or c.number == view.resumed
+            or c.number in (view.resumed, view.keeps)
             or (self.keep_every and c.step % self.keep_every == 0 and c.number not in view.damaged)
         )
 
@@ -101,8 +101,7 @@ def _needed(
 
 def _first_alive(view: View) -> str:
     """The first attempt that may still be committed; all before it are dead unless a kept manifest reaches them."""
-    serials = [int(c.attempt[9:]) for c in view.checkpoints if c.attempt.startswith(f"{view.epoch:08d}-")]
-    return keys.attempt_name(view.epoch, max(serials, default=0) + 1)
+    return keys.attempt_name(view.epoch, keys.last_serial(view.epoch, (c.attempt for c in view.checkpoints)) + 1)
 
 
 def collect(log: Log, retention: Retention, *, reach: Callable[[Checkpoint], Iterable[str]] | None = None) -> Plan:
@@ -124,7 +123,8 @@ def collect(log: Log, retention: Retention, *, reach: Callable[[Checkpoint], Ite
         return Collect(
             format=FORMAT, number=number, epoch=view.epoch, writer=log.writer, time=time.time(),
             kept=made[-1].kept, resumed=view.resumed, abandoned=tuple(sorted(view.abandoned)),
-            follows=view.follows, sealed=view.sealed, regions=view.regions, move=view.move,
+            follows=view.follows, sealed=view.sealed, regions=view.regions, owner=view.writer, host=view.host,
+            move=view.move,
         )  # fmt: skip
 
     log.append(make)

@@ -158,13 +158,13 @@ class Log:
         """Whether an entry that was just created counts.
 
         A writer that slept while others wrote, and gc removed what they wrote, finds its next number free although it
-        is long gone. But then the gc entry, whose number is higher, exists already: one listing tells.
+        is long gone, or a kept checkpoint's. But then the gc entry, whose number is higher, exists: one listing tells.
         """
         head = max((keys.entry_number(o.key) or 0 for o in self.store.list("log/")), default=number)
         if head == number:
             return True
         view = self._read_once()
-        return view.first <= number or any(c.number == number for c in view.checkpoints)
+        return view.first <= number or any((c.number, c.writer) == (number, self.writer) for c in view.checkpoints)
 
     def _follow(self, number: int) -> bool:
         """Take in an entry of somebody else's; whether it is there."""

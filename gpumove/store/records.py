@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from gpumove.errors import IntegrityError, ObjectNotFoundError
 from gpumove.format import keys
@@ -23,20 +24,22 @@ def read_every_entry(store: Store, *, holes: bool) -> dict[int, LogEntry | Broke
         holes: ask for those too that a listing does not show: it is no snapshot.
     """
 
-    def read(number: int) -> LogEntry | Broken | None:
-        key = keys.entry_key(number)
-        try:
-            return decode_checked(LogEntry, store.get(key), key=key)  # type: ignore[arg-type]
-        except ObjectNotFoundError:
-            return None
-        except IntegrityError as error:
-            return Broken(number, str(error))
-
     numbers: Sequence[int] = [n for o in store.list("log/") if (n := keys.entry_number(o.key)) is not None]
     if holes and numbers:
         numbers = range(min(numbers), max(numbers) + 1)
     with ThreadPoolExecutor(_READERS) as pool:
-        return dict(zip(numbers, pool.map(read, numbers)))
+        return dict(zip(numbers, pool.map(partial(read_entry, store), numbers)))
+
+
+def read_entry(store: Store, number: int) -> LogEntry | Broken | None:
+    """One entry of a log; None if it is missing."""
+    key = keys.entry_key(number)
+    try:
+        return decode_checked(LogEntry, store.get(key), key=key)  # type: ignore[arg-type]
+    except ObjectNotFoundError:
+        return None
+    except IntegrityError as error:
+        return Broken(number, str(error))
 
 
 def read_manifest(store: Store, checkpoint: Checkpoint) -> Manifest:

@@ -215,12 +215,14 @@ def retrying(
         StoreError: nobody wants the answer any more.
     """
     start, seen = clock.now(), Counter[str]()
+    before: tuple[Fault, Exception] | None = None
     while True:
         _check_wanted()
         left_s = budget_s - (clock.now() - start)
+        seconds = max(0.01, min(deadline_s, left_s))
         try:
             with limiter.slot(left_s):
-                result = attempt(max(0.01, min(deadline_s, left_s)))
+                result = attempt(seconds)
             limiter.answered()
             return result
         except GpumoveError:
@@ -235,7 +237,11 @@ def retrying(
             rule = _RULES.get(fault.kind)
             pause_s = wait_s(fault, seen[fault.kind], clock.chance()) if rule else 0.0
             if rule is None or seen[fault.kind] >= rule.tries or spent_s + pause_s >= budget_s:
+                # A last call that the budget cut short says nothing: the failure before it says what is wrong.
+                if before is not None and fault.code == STALLED.code and seconds < deadline_s:
+                    fault, error = before
                 raise GaveUpError(fault, seen.total(), spent_s, error) from None
+            before = fault, error
         clock.sleep(pause_s)
 
 

@@ -73,7 +73,7 @@ class View:
                 return replace(
                     seen, checkpoints=entry.kept, resumed=entry.resumed, first=entry.number, epoch=entry.epoch,
                     abandoned=frozenset(entry.abandoned), follows=entry.follows, sealed=entry.sealed, move=entry.move,
-                    regions=entry.regions,
+                    regions=entry.regions, writer=entry.owner, host=entry.host,
                 )  # fmt: skip
 
     def _moved(self, entry: Move) -> View:
@@ -82,6 +82,12 @@ class View:
             return seen
         sealed = entry.other if entry.state == "sealed" else ""
         return replace(seen, epoch=entry.epoch, writer=entry.writer, host="", follows="", sealed=sealed)
+
+    @property
+    def keeps(self) -> int | None:
+        """The entry of a checkpoint that stays for the sake of a move, for as long as its newest word says so."""
+        found = None if self.move is None else self.move.facts.get("keeps")
+        return found if type(found) is int else None
 
     def refusal(self) -> str:
         """Why no job may claim this log; "" if it may."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gpumove import cli
+from gpumove import cli, memory
 from gpumove.config import Config
 from gpumove.environment.fingerprint import Environment
 from gpumove.estimates import probing
@@ -138,15 +138,24 @@ def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "zstandard" in check.found
 
 
-def test_little_memory_and_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_memory_and_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Usage:
         free = 10
 
     monkeypatch.setattr(fitness.shutil, "disk_usage", lambda _: Usage())
-    monkeypatch.setattr(fitness, "_container_limit", lambda: 1 << 30)
+    account = [tmp_path / name for name in ("max", "current", "stat")]
+    for file, text in zip(account, (f"{1 << 30}\n", f"{1 << 29}\n", "inactive_file 0\n")):
+        file.write_text(text)
+    monkeypatch.setattr(memory, "_CGROUPS", (tuple(str(file) for file in account),))
     checks = look()
     assert (checks["disk"].status, checks["memory"].status) == ("warn", "warn")
-    assert "limited to 1.0 GiB" in checks["memory"].found
+    assert checks["memory"].found.startswith("0.5 of "), "what the container has taken already is not there"
+    assert checks["memory"].found.endswith(" GiB available, limited to 1.0 GiB in this container")
+
+
+def test_memory_that_nothing_tells_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_read", lambda path: None)
+    assert "is not known" in look()["memory"].found
 
 
 def test_the_folder_for_the_last_save(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from gpumove import cli
 from gpumove.errors import ConfigError, FencedError, IntegrityError, LayoutError, StoreError
+from gpumove.inspection.run import open_run
 from tests.runs import flip, objects, train
 
 READING = [["ls"], ["show"], ["show", "--tensors"], ["verify"], ["verify", "--deep"], ["gc", "--keep-last", "1"]]
@@ -60,6 +62,23 @@ def test_ls(call: Any, run: Path) -> None:
     _, out, _ = call("ls", run)
     assert "log entry 4 cannot be read" in out
     assert "resume step 2" in out
+
+
+def test_ls_promises_no_resume_where_none_may_be(call: Any, run: Path) -> None:
+    with open_run(str(run)) as log:
+        log.read()
+        log.move("sealed", move="0" * 16, other="file:///elsewhere")
+        with pytest.raises(FencedError):
+            log.claim()
+    code, out, err = call("ls", run)
+    assert (code, err) == (0, "")
+    assert "resumed next" not in out
+    assert "resume nothing, here: the run was moved to file:///elsewhere: resume it there" in out
+    assert json.loads(call("ls", run, "--json")[1])["resume"]["entry"] is None
+    assert call("replicate", run, run.parent / "copy")[0] == 0
+    out = call("ls", run.parent / "copy")[1]
+    assert "resumed next" not in out
+    assert "resume nothing, here: this is a replica of" in out
 
 
 def test_show(call: Any, run: Path) -> None:
@@ -161,6 +180,35 @@ def test_export(call: Any, run: Path, tmp_path: Path) -> None:
 )
 def test_sizes(text: str, nbytes: int) -> None:
     assert cli.parse_size("--x", text) == nbytes
+
+
+@pytest.mark.parametrize("where", ["a terminal", "one log", "two places"])
+def test_what_a_move_tells_is_read_once(run: Path, tmp_path: Path, where: str) -> None:
+    """While it goes on on standard error, and as a table in the answer for whoever keeps only that."""
+    words = ["--to", tmp_path / "there", "--force", "--leave-timeout", "0", "--no-wait"]
+    line = [sys.executable, "-m", "gpumove", "move", *map(str, [run, *words])]
+    ours, theirs = os.openpty() if where == "a terminal" else os.pipe()
+    with open(tmp_path / "err", "w+") as apart:
+        err = apart.fileno() if where == "two places" else theirs
+        with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=theirs, stderr=err) as mover:
+            os.close(theirs)
+            out = read_all(ours)
+        assert mover.returncode == 0, out
+        apart.seek(0)
+        told = apart.read()
+    assert out.count("nothing is written here after step 4") == 1, out
+    assert told.count("nothing is written here after step 4") == (where == "two places"), told
+    assert "handed over; nobody has trained at the target yet" in out
+
+
+def read_all(end: int) -> str:
+    """What the other end of a pipe or a terminal writes until it is closed."""
+    found = b""
+    with contextlib.suppress(OSError):  # so a terminal says that it is
+        while data := os.read(end, 1 << 16):
+            found += data
+    os.close(end)
+    return found.decode()
 
 
 # -------------------------------------------------------------------- for programs

@@ -29,7 +29,9 @@ import torch.distributed as dist
 
 GLOO_S = 20.0
 """Bound on the job's own collectives: a deadlock shows as an error of torch before it shows as a hang of the test."""
-_GRACE_S = 5.0
+_GRACE_S, _END_S = 5.0, 20.0
+_START_S = 180.0
+"""Bound on the start of a process: the first one waits until the server has imported torch."""
 _PRELOAD = [
     "pytest", "torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "gpumove.checkpointer",
     "gpumove.store.files", "gpumove.state.loader", "torch._dynamo", "numpy.random", "tests.dist.models",
@@ -85,7 +87,8 @@ def run(
         scenario: a function of a module, importable by its name.
         world_size: number of processes.
         *arguments: passed on, pickled.
-        timeout_s: bound on everything; then all stacks are dumped, all processes killed and the test fails.
+        timeout_s: bound on everything after the start; then all stacks are dumped, all processes killed and the test
+            fails.
         lost: ranks that are expected to be killed.
         group: whether there is a process group; without one, only one process makes sense.
         **keywords: passed on, pickled.
@@ -100,6 +103,8 @@ def run(
             for r in range(world_size)
         ]
         try:
+            for rank in ranks:
+                _see_begin(rank)
             hung = _collect(ranks, timeout_s, lost)
             if hung:
                 _ask_for_stacks(ranks)
@@ -130,6 +135,13 @@ def _start(task: _Task) -> _Rank:
     return _Rank(process, ours, task.stacks)
 
 
+def _see_begin(rank: _Rank) -> None:
+    """Wait for a process's first word; if it has none, ``_collect`` tells why."""
+    if rank.answers.poll(_START_S):
+        with contextlib.suppress(EOFError):
+            rank.answers.recv_bytes()
+
+
 def _collect(ranks: list[_Rank], timeout_s: float, lost: Collection[int]) -> list[int]:
     """Wait for every rank's answer and end; the ranks that hang. A rank that fails leaves the others little time."""
     deadline = time.monotonic() + timeout_s
@@ -146,7 +158,7 @@ def _collect(ranks: list[_Rank], timeout_s: float, lost: Collection[int]) -> lis
         with contextlib.suppress(OSError):
             rank.answers.send_bytes(b"all have answered")
     for rank in ranks:
-        rank.process.join(_GRACE_S)  # an answer is not the end: a thread may keep the process
+        rank.process.join(_END_S)  # an answer is not the end: a thread may keep the process
     return [n for n, r in enumerate(ranks) if r.process.is_alive()]
 
 
@@ -167,6 +179,7 @@ def _ask_for_stacks(ranks: list[_Rank]) -> None:
 
 def _child(task: _Task, answers: Connection) -> None:
     with open(task.stacks, "w") as stacks:
+        answers.send_bytes(b"begun")
         faulthandler.enable(file=stacks)
         faulthandler.register(signal.SIGUSR1, file=stacks)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo asks the resolver for this machine's name

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gpumove.state.staging import Stager
 from gpumove.store.files import FileBackend
@@ -20,16 +21,25 @@ from tests.dist.jobs import make, url_of
 EVERY, LAST = 3, 14
 
 
-def slow_down(copy_s: float = 0.0, put_s: float = 0.0) -> None:
-    """Make staging and uploads slow enough that training steps surely run beside them."""
-    copy, put = Stager._copy, FileBackend.put
+def slow_down(beside: threading.Event, *, copy_s: float, put_s: float) -> None:
+    """Training steps surely run beside staging and uploads.
+
+    A copy is made when the next optimizer step wants to run, and packs go up when it has been seen that a step was done
+    ``beside`` a save.
+    """
+    copy, put, wanted = Stager._copy, FileBackend.put, threading.Event()
+    register_optimizer_step_pre_hook(lambda *_: wanted.set())  # before gpumove's own, which waits for the copy
+    register_optimizer_step_post_hook(lambda *_: wanted.clear())
 
     def slow_copy(self: Stager, into: list[torch.Tensor], from_: list[torch.Tensor]) -> None:
         if threading.current_thread().name.startswith("gpumove-stage"):
-            time.sleep(copy_s)  # the next forward and backward are over by now, and its optimizer step wants to run
+            wanted.wait(10)
+            time.sleep(copy_s)
         copy(self, into, from_)
 
     def slow_put(self: FileBackend, key: str, data: Sequence[memoryview], seconds: float) -> None:
+        if key.startswith("packs/"):
+            beside.wait(10)
         time.sleep(put_s)
         put(self, key, data, seconds)
 
@@ -45,8 +55,8 @@ def straight(rank: int, layout: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def first_leg(rank: int, layout: str, url: str, options: dict[str, Any], stop: int) -> None:
     """Train with overlapping saves, and end without a word some steps after one of them."""
-    slow_down(copy_s=0.03, put_s=0.05)
-    job = make(layout, rank, **options)
+    job, went_on = make(layout, rank, **options), threading.Event()
+    slow_down(went_on, copy_s=0.03, put_s=0.05)
     ckpt = job.checkpointer(url, every_steps=EVERY)
     assert ckpt.restore() == 0
     copying: list[int] = []
@@ -57,6 +67,7 @@ def first_leg(rank: int, layout: str, url: str, options: dict[str, Any], stop: i
             copying.append(step)  # step() came back while the copy was still being made
         if ckpt.last is not None and ckpt.last.step < step and not ckpt.last.finished:
             beside.append(step)  # this whole step was done while a save was in flight
+            went_on.set()
         if step % EVERY == EVERY - 1 and ckpt.last is not None:
             ckpt.last.wait()
 

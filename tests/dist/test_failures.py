@@ -16,7 +16,7 @@ from gpumove.store.files import FileBackend
 from tests.dist.harness import LOST, kill_self, run
 from tests.dist.jobs import SETTINGS, equal_linear, make, url_of
 
-PEER_S = 3.0
+PEER_S = 5.0
 
 
 def on_put(act: Any, *kinds: str) -> None:
@@ -56,8 +56,8 @@ def lose_rank_1(rank: int, url: str) -> dict[str, Any]:
     job.train(ckpt, 2, 3)
     if rank == 1:
         on_put(kill_self, "parts/")  # its packs are up, its part is not
-    handle = ckpt.save(3)
     began = time.monotonic()
+    handle = ckpt.save(3)
     failure = caught(handle.wait)
     return {"failure": failure, "seconds": time.monotonic() - began}
 
@@ -79,18 +79,18 @@ def test_a_rank_killed_in_mid_save_leaves_the_checkpoint_before(tmp_path: Path) 
     assert lost is LOST
     assert (kind, code) == ("StoreError", "store.missing_parts")
     assert "no part of rank 1." in text
-    assert PEER_S <= survivor["seconds"] < PEER_S + 2
+    assert PEER_S <= survivor["seconds"] < SETTINGS["peer_s"]
     assert [step for step, _ in run(look, 2, url, "fsdp2")] == [2, 2]
 
 
 def late(rank: int, url: str, where: str) -> tuple[str, str, str] | None:
     """Rank 1 does not come; what rank 0 is told."""
-    ckpt = Checkpointer(url, model=equal_linear(), **{**SETTINGS, "peer_s": 1.0})
+    ckpt = Checkpointer(url, model=equal_linear(), **{**SETTINGS, "peer_s": 3.0})
     for name, call in (("restore", ckpt.restore), ("save", lambda: ckpt.save(1))):
         if name == where and rank == 0:
             return caught(call)
         if name == where:
-            time.sleep(2.5)
+            time.sleep(4.5)
             return None
         call()
     return None
@@ -154,7 +154,7 @@ def test_a_rank_that_cannot_write_is_an_error_once_on_every_rank(
 
 def fail_at_the_end(rank: int, url: str) -> tuple[str, str, str] | None:
     """The last save fails on rank 1, and there is no meeting any more."""
-    ckpt = Checkpointer(url, model=equal_linear(), **{**SETTINGS, "peer_s": 1.0})
+    ckpt = Checkpointer(url, model=equal_linear(), **{**SETTINGS, "peer_s": 3.0})
     ckpt.restore()
     if rank == 1:
         on_put(refuse, "parts/")

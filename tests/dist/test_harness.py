@@ -20,7 +20,7 @@ def double(rank: int, number: float, *, plus: float = 0.0) -> torch.Tensor:
 
 def hang_on_rank_1(rank: int) -> None:
     if rank == 1:
-        time.sleep(60)
+        time.sleep(120)
 
 
 def die_on_rank_1(rank: int) -> None:
@@ -43,8 +43,8 @@ def test_every_rank_answers() -> None:
 def test_a_hang_is_killed_and_tells_where() -> None:
     began = time.monotonic()
     with pytest.raises(pytest.fail.Exception, match=r"ranks \[1\] did not end(.|\n)*in hang_on_rank_1"):
-        run(hang_on_rank_1, 2, timeout_s=2.0)
-    assert time.monotonic() - began < 20
+        run(hang_on_rank_1, 2, timeout_s=4.0)
+    assert time.monotonic() - began < 40
 
 
 def test_a_death_and_a_failure_are_told_apart() -> None:

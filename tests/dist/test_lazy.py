@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ def go_on(rank: int, layout: str, url: str, options: dict[str, Any]) -> dict[str
     """Resume, with optimizer state that takes longer than forward and backward."""
     bring = Takeover._bring
     came: list[float] = []
+    is_back = threading.Event()
 
     def slow(*arguments: Any) -> None:
+        is_back.wait(20)
         time.sleep(0.3 + 0.1 * rank)
         bring(*arguments)
         came.append(time.monotonic())
@@ -41,6 +44,7 @@ def go_on(rank: int, layout: str, url: str, options: dict[str, Any]) -> dict[str
     with job.checkpointer(url, every_steps=EVERY) as ckpt:
         begun = ckpt.restore(lazy=True)
         returned = time.monotonic()
+        is_back.set()
         job.train(ckpt, begun, LAST)
         assert came
         assert returned < came[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +93,24 @@ def test_each_rank_of_another_number_keeps_its_own_share_warm(layout: str, tmp_p
         assert models.differences(expected["full"], found["full"]) == []
 
 
+def in_the_wait(then: Callable[[], object]) -> None:
+    """Do something once this rank has been waiting for some rounds."""
+    word, said = Waiting._word, count(1)
+
+    def noted(*arguments: Any) -> Any:
+        if next(said) == 3:
+            then()
+        return word(*arguments)
+
+    Waiting._word = noted  # type: ignore[method-assign]
+
+
 def told_to_leave(rank: int, url: str) -> tuple[int, bool, bool]:
     """What restore() and the first step() say when rank 1 alone has a notice."""
     job = make("ddp2", rank)
     with job.checkpointer(url) as ckpt:
         if rank == 1:
-            threading.Timer(1.0, ckpt.request_leave, kwargs={"in_s": 30}).start()
+            in_the_wait(lambda: ckpt.request_leave(in_s=30))
         step = ckpt.restore(wait=True)
         left: list[bool] = []
         for _, tokens in job.loader:
@@ -116,7 +130,7 @@ def lose_one(rank: int, url: str) -> float:
     job = make("ddp2", rank)
     with job.checkpointer(url) as ckpt:
         if rank == 1:
-            threading.Timer(1.0, kill_self).start()
+            in_the_wait(kill_self)
         began = time.monotonic()
         with pytest.raises(StoreError, match="another rank was lost"):
             ckpt.restore(wait=True)

@@ -296,6 +296,7 @@ def test_a_restore_says_once_what_is_not_as_it_was(
     assert [line.split(":")[0].strip() for line in text.splitlines()[1:]] == ["numerics", "numerics", "speed"]
     assert "threads of an operation" in text
     assert "matmul precision: highest -> high" in text
+    assert "[set it alike: torch.set_float32_matmul_precision()]" in text, "what to do about it is said, too"
 
 
 def test_a_fingerprint_that_nobody_can_read_costs_no_restore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from gpumove.config import Config
+from gpumove.estimates import probing
 from gpumove.estimates.interval import Range
 from gpumove.estimates.probing import Probe, between, probe
 from gpumove.store.objects import Store
@@ -21,11 +22,18 @@ from tests.servers.proxy import Proxy
 QUICK = Config(retry_s=3.0, deadline_s=60.0)
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth of the bytes: the servers of the tests, and the machine, may be slow, and a call has 20 s."""
+    monkeypatch.setattr(probing, "_OBJECT_BYTES", probing._OBJECT_BYTES // 16)
+
+
 def left(url: str, options: Mapping[str, Any]) -> list[str]:
     with closing(Store.open(url, Config(), options=options)) as store:
         return [found.key for found in store.list("")]
 
 
+@pytest.mark.usefixtures("small")
 def test_every_store_can_be_probed_and_is_as_it_was(store_url: tuple[str, Mapping[str, Any]]) -> None:
     url, options = store_url
     found = probe(url, storage_options=options)
@@ -65,6 +73,7 @@ def test_a_password_in_a_url_is_not_repeated() -> None:
     assert "s3cret" not in f"{found}"
 
 
+@pytest.mark.usefixtures("small")
 def test_bytes_that_come_back_wrong_are_a_result_too(s3_server: Bucket) -> None:
     with Proxy(s3_server.endpoint) as link:
         fault = link.fail("corrupt_down", r"^GET .*/probe/.*/1-", times=100)

@@ -133,7 +133,9 @@ def test_what_the_tables_do_not_have_is_unknown(tmp_path: Path) -> None:
     unknown = {text: place(text, prices, gpus).unknown for text in (
         "foo:bar:baz", "aws:eu-west-1:p5.48xlarge", "aws:us-east-1:p5.48xlarge:spot", "mine:here:box"
     )}  # fmt: skip
-    assert unknown["foo:bar:baz"] == ("what foo:baz costs and has: the table of prices has no row for it",)
+    assert unknown["foo:bar:baz"] == (
+        "what foo:baz costs and has: the table of prices has no row for it: give one (--prices-file)",
+    )
     assert "in eu-west-1, only in us-east-1" in unknown["aws:eu-west-1:p5.48xlarge"][0]
     assert "does not say" in unknown["aws:us-east-1:p5.48xlarge:spot"][0]
     assert unknown["mine:here:box"] == ("what the GPU Own can do: the table of GPUs has no row for it",)

@@ -118,6 +118,9 @@ def test_every_flipped_bit_of_a_log_entry_is_found(bit: int) -> None:
 def test_keys_are_read_back_as_they_were_built() -> None:
     attempt = keys.attempt_name(3, 12)
     assert attempt < keys.attempt_name(3, 13) < keys.attempt_name(4, 1)
+    assert keys.epoch_of(attempt) == 3
+    assert keys.last_serial(3, [attempt, keys.attempt_name(3, 9), keys.attempt_name(4, 20)]) == 12
+    assert keys.last_serial(5, [attempt]) == 0
     key = keys.part_key(attempt, rank=7, digest="a" * 32, plan="b" * 32, new_bytes=55)
     receipt = keys.read_receipt(key)
     assert receipt is not None

@@ -33,6 +33,7 @@ class Running:
 
     def start(self, command: list[str], env: Mapping[str, str] | None = None) -> None:
         """Run it with its standard error in a file."""
+        self._began, self.slack_s = time.monotonic(), 0.0
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -61,6 +62,8 @@ class Running:
         """The workers' pids, once all of them run."""
         files = [self.folder / f"started-{rank}-{generation}" for rank in range(self.nproc)]
         self.until(lambda: all(f.exists() for f in files), f"workers of generation {generation}")
+        # What a slow machine may add to a bound: to begin is several times what it takes to end.
+        self.slack_s = self.slack_s or (time.monotonic() - self._began) / 2
         return [int(f.read_text()) for f in files]
 
     def asked(self) -> None:

@@ -101,7 +101,7 @@ def test_asked_again_with_emphasis_means_now(tmp_path: Path, again: signal.Signa
     code, out = running.end()
     assert code == 76
     assert out == "not durable: resumes from step 0, 7 steps lost (it did not leave in time)\n"
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 6 + running.slack_s
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_a_worker_that_ignores_the_request_is_killed_within_the_deadline(tmp_pat
     took = time.monotonic() - began
     assert code == 76
     assert out == "not durable: resumes from step 0, 7 steps lost (it did not leave in time)\n"
-    assert 3.5 < took < 5
+    assert 3.5 < took < 5 + running.slack_s
     assert len(running.notes("helper")) == 2
     assert running.notes("sigterm"), "SIGTERM comes before SIGKILL"
     assert "5 processes did not end by themselves" in running.log
@@ -131,7 +131,7 @@ def test_the_nearer_deadline_wins(tmp_path: Path) -> None:
     notice.write_text(json.dumps({"in_s": 4, "source": "price", "detail": "0.31 $/h elsewhere"}))
     code, _ = running.end()
     assert code == 76
-    assert time.monotonic() - began < 5.5
+    assert time.monotonic() - began < 5.5 + running.slack_s
     assert "notice from price, 4 s left: asking the job to leave (0.31 $/h elsewhere)" in running.log
 
 

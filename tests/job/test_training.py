@@ -118,7 +118,7 @@ def test_the_store_dies_in_the_grace_period(tmp_path: Path, s3_server: Bucket) -
         took = time.monotonic() - began
     assert fault.fired
     assert code == 76, life.log
-    assert took < 20
+    assert took < 30, "gpumove run ends it after 19 s"
     newest = saved(url, s3_server)[-1]
     assert out.startswith(f"not durable: resumes from step {newest}, ")
     again = Training(tmp_path, url=url, env=s3_server.env, more=(f"--steps={newest + 5}", *often))

@@ -182,12 +182,12 @@ def test_the_nearer_deadline_wins_and_the_same_again_is_no_news(caplog: pytest.L
 def test_ranks_that_never_answer_are_left_behind_where_the_others_wait() -> None:
     board = SharedBoard()
     there = [rank_of(board, rank, 3) for rank in range(2)]  # rank 2 is gone
-    there[1].request(Notice("request", time.time() + 12))
+    there[1].request(Notice("request", time.time() + 40))
     began = time.monotonic()
     # Both have told step 7 and wait there: nobody has passed it, so all that are left may leave after it.
     left = all_ranks(there, lambda rank, departure: train(departure, lambda step: time.sleep(0.3), until=1))
     assert left == [1, 1]
-    assert time.monotonic() - began < 9
+    assert time.monotonic() - began < 15
 
 
 class Broken(SharedBoard):
@@ -221,7 +221,7 @@ def test_without_an_agreement_the_wait_ends_and_the_missing_are_known() -> None:
         time.sleep(0.001)
     began = time.monotonic()
     assert departure.target(5) is None
-    assert 1.5 < time.monotonic() - began < 4
+    assert 1.5 < time.monotonic() - began < 10
     assert departure.missing() == [0, 2]
     departure.end()
 

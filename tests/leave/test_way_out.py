@@ -130,12 +130,12 @@ def test_what_cannot_be_read_from_the_log_is_not_said_to_be_durable(url: str, mo
         job.train(0, 3, ckpt)
         ckpt.save(3).wait(60)
         monkeypatch.setattr(Leaving, "_rounds", lost)
-        monkeypatch.setattr("gpumove.store.log.Log.read", lambda self: time.sleep(6))
+        monkeypatch.setattr("gpumove.store.log.Log.read", lambda self: time.sleep(30))
         ckpt.request_leave(in_s=2.0)
         began, step = time.monotonic(), 4
         while not ckpt.step(step):
             step += 1
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 15
     assert outcome(ckpt) == f"not durable: resumes from step 3, {step - 3} steps lost"
 
 

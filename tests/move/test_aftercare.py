@@ -12,12 +12,14 @@ import msgspec
 import pytest
 
 from gpumove.cli import main
-from gpumove.errors import ConfigError
-from gpumove.format.manifest import Move
+from gpumove.errors import ConfigError, FencedError
+from gpumove.format.manifest import LogEntry, Move
 from gpumove.move import aftercare
 from gpumove.move.moving import move
 from gpumove.move.report import Event, Report, Wishes
 from gpumove.parity.watch import told
+from gpumove.store.gc import Retention, collect
+from gpumove.store.view import View
 from tests.move.runs import CONFIG, Place, memory, read
 from tests.move.stage import WISHES, Stage, tape
 
@@ -84,25 +86,26 @@ def watched(stage: Stage, wishes: Wishes, *words: dict[str, Any], **more: Any) -
     return stage.move(wishes, **more)
 
 
-def pins(place: Place) -> list[int]:
+def kept(place: Place) -> list[int]:
+    """The steps that stay whatever retention says: the user's pins, and what a move keeps."""
     with place.log() as log:
-        return [c.step for c in log.view.checkpoints if c.pinned]
+        return [c.step for c in log.view.checkpoints if c.pinned or c.number == log.view.keeps]
 
 
 def test_a_sound_job_is_watched_to_the_end_and_what_was_kept_is_given_free(stage: Stage) -> None:
-    kept: list[list[int]] = []
+    seen: list[list[int]] = []
     arrive(stage)
     rest = [{"step": 100}, {"step": 203, "over": True}]
 
     def speak(event: Event) -> None:
         if event.state == "watch" and rest:
-            kept.append(pins(stage.source))
+            seen.append(kept(stage.source))
             say(stage, **rest.pop(0))
 
     stage.hook = speak
     done = stage.move(WATCH)
-    assert kept == [[3], [3]]
-    assert pins(stage.source) == []
+    assert seen == [[3], [3]]
+    assert kept(stage.source) == []
     assert (done.phase, done.findings) == ("done", ())
     assert "nothing was found" in done.text
     end = newest(stage.source)
@@ -113,26 +116,73 @@ def test_a_sound_job_is_watched_to_the_end_and_what_was_kept_is_given_free(stage
     assert stage.move(WATCH, resume=True).phase == "done"  # there is nothing left to do
 
 
-def test_what_the_user_has_pinned_stays_pinned(recorded: Place, stage: Stage) -> None:
-    original = stage.hook
-
-    def pin(event: Event) -> None:
-        original(event)
-        if event.state == "sealed":
-            with stage.source.log() as log:
-                log.pin(log.view.checkpoints[0], pinned=True)
-
+@pytest.mark.parametrize("when", ["sealed", "watch"])
+@pytest.mark.parametrize("step", [1, 3])
+def test_what_the_user_has_pinned_stays_pinned(stage: Stage, capsys: Any, when: str, step: int) -> None:
+    """Also if it is the very checkpoint that the move keeps: that is another thing."""
     arrive(stage)
-    rest = [{"step": 203, "over": True}]
+    todo = ["pin", "end"]
 
     def speak(event: Event) -> None:
-        pin(event)
-        if event.state == "watch" and rest:
-            say(stage, **rest.pop(0))
+        if event.state == when and "pin" in todo:
+            todo.remove("pin")
+            assert main(["pin", stage.source.url, str(step)]) == 0
+            assert "already" not in capsys.readouterr().out
+        if event.state == "watch" and "end" in todo:
+            todo.remove("end")
+            say(stage, step=203, over=True)
 
     stage.hook = speak
     stage.move(WATCH)
-    assert pins(stage.source) == [1]
+    assert not todo
+    assert kept(stage.source) == [step]
+
+
+def test_no_retention_takes_what_was_handed_over_until_the_watch_is_over(stage: Stage) -> None:
+    """Also where newer checkpoints come to the source meanwhile."""
+    seen: list[list[int]] = []
+
+    def make(view: View, number: int) -> LogEntry:
+        return msgspec.structs.replace(view.checkpoints[-1], number=number, epoch=view.epoch, step=9)
+
+    def retain() -> None:
+        with stage.source.log() as log:
+            if not seen:
+                log.append(make)
+            collect(log, Retention(keep_last=1))
+            seen.append([c.step for c in log.view.checkpoints])
+
+    arrive(stage)
+
+    def speak(event: Event) -> None:
+        if event.state == "watch" and not seen:
+            retain()
+            retain()
+            say(stage, step=203, over=True)
+
+    stage.hook = speak
+    stage.move(WATCH)
+    retain()
+    assert seen == [[3, 9], [3, 9], [9]]
+
+
+def test_what_a_killed_watch_has_kept_is_free_once_the_run_is_moved_back(stage: Stage) -> None:
+    arrive(stage)
+
+    def kill(event: Event) -> None:
+        if event.state == "watch":
+            raise Killed
+
+    stage.hook = kill
+    with pytest.raises(Killed):
+        stage.move(WATCH)
+    assert kept(stage.source) == [3]
+    stage.hook = lambda event: None
+    alone = replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0, force=True)
+    done = move(stage.target.url, stage.source.url, alone, config=CONFIG)
+    assert done.phase == "handed"
+    assert stage.claimable() == (True, False)
+    assert kept(stage.source) == kept(stage.target) == []
 
 
 def test_a_finding_is_told_and_the_watch_goes_on(stage: Stage) -> None:
@@ -151,7 +201,7 @@ def test_a_loss_that_has_risen_takes_the_run_back_to_what_was_handed_over(stage:
     assert newest(stage.source).state == "handover"
     assert newest(stage.source).facts["back_to"] == 3
     assert newest(stage.target).facts["back_to"] == 3
-    assert pins(stage.source) == []
+    assert kept(stage.source) == []
     assert read(stage.source)[0] == 3
     assert done.sent_bytes == 0
 
@@ -208,7 +258,7 @@ def test_a_job_that_does_not_compare_itself_is_not_watched(stage: Stage) -> None
     done = stage.move(WATCH)
     assert (done.phase, done.findings) == ("done", ())
     assert any("does not compare itself" in event.text for event in done.events)
-    assert pins(stage.source) == []
+    assert kept(stage.source) == []
 
 
 def test_the_run_moves_on_while_it_is_watched(stage: Stage) -> None:
@@ -221,7 +271,7 @@ def test_the_run_moves_on_while_it_is_watched(stage: Stage) -> None:
     stage.hook = begin
     done = stage.move(ROLLBACK)
     assert (done.phase, done.findings) == ("done", ())
-    assert pins(stage.source) == []
+    assert kept(stage.source) == []
 
 
 class Killed(BaseException):
@@ -244,7 +294,7 @@ def test_a_watch_that_was_killed_is_taken_up_again(stage: Stage, at: int) -> Non
     stage.hook = kill
     with pytest.raises(Killed):
         stage.move(ROLLBACK)
-    assert pins(stage.source) == [3]
+    assert kept(stage.source) == [3]
     script(stage, {"step": 12, "findings": [LOSS]})
     done = stage.move(replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0), resume=True)
     assert done.findings == ("step 12: the loss is 9",)
@@ -360,7 +410,7 @@ def test_a_watch_ends_where_the_job_goes_on_past_it_and_says_nothing(
     done = stage.move(WATCH)
     assert (done.phase, done.findings) == ("done", ())
     assert "gone on past the watch" in done.text
-    assert pins(stage.source) == []
+    assert kept(stage.source) == []
 
 
 def test_what_was_not_compared_is_told(stage: Stage) -> None:
@@ -383,6 +433,69 @@ def test_how_long_silence_may_last_is_remembered(stage: Stage) -> None:
     done = stage.move(replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0), resume=True)
     assert time.monotonic() - began < 15
     assert "nothing was heard" in done.findings[0]
+
+
+@pytest.mark.parametrize("standing", [{}, {"s": 100.0}, {"s_expected": 100.0}])
+def test_how_long_silence_may_last_follows_from_what_a_step_takes(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, standing: dict[str, float]
+) -> None:
+    """Where a step takes 100 s, as the job tells or its source did, half a second says nothing."""
+    if standing:
+        monkeypatch.setattr(aftercare, "step_s", lambda commits: None)
+    monkeypatch.setattr(aftercare, "_LEAST_S", 0.1)
+    monkeypatch.setattr(aftercare, "_UNKNOWN_S", 0.1)
+    arrive(stage)
+    late = threading.Timer(0.5, lambda: say(stage, step=203, over=True))
+
+    def speak(event: Event) -> None:
+        if event.state == "watch" and not late.ident:
+            say(stage, standing=standing)
+            late.start()
+
+    stage.hook = speak
+    done = stage.move(replace(ROLLBACK, gone_after_s=None))
+    late.join()
+    assert (done.phase, done.findings) == ("done", ())
+
+
+@pytest.mark.parametrize("asked", [{"max_blackout_s": 60.0}, {"every_step": True, "slow_s": 0.5}])
+def test_the_way_back_is_not_held_to_what_was_asked_of_the_way_there(
+    recorded: Place, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    """That was for a job that trains as it should, and commits."""
+    monkeypatch.setattr(aftercare, "_POLL_S", 0.02)
+    monkeypatch.setattr("gpumove.move.machine._POLL_S", 0.01)
+    monkeypatch.setattr("gpumove.move.precopy._COMMIT_S", 0.2)
+    stage = Stage(recorded, apart_s=0.01)
+    arrive(stage)
+    stage.move()
+    script(stage, {"step": 12, "findings": [SLOW]})
+    stage.events.clear()
+    done = stage.move(replace(ROLLBACK, **asked), resume=True)
+    assert "taken back" in done.text
+    assert stage.claimable() == (True, False)
+    told = [event for event in stage.events if event.state in ("begin", "request")]
+    assert told
+    assert not any(event.facts.get("every_step") or event.facts.get("slow_s") for event in told), told
+    stage.close()
+
+
+def test_of_two_who_watch_one_ends_it_and_the_other_says_so(stage: Stage) -> None:
+    arrive(stage)
+
+    def overtake(event: Event) -> None:
+        if event.state == "watch":
+            stage.hook = lambda event: None
+            say(stage, step=203, over=True)
+            other = move(stage.source.url, stage.target.url, WATCH, config=CONFIG, resume=True)
+            assert other.phase == "done"
+
+    stage.hook = overtake
+    with pytest.raises(FencedError, match="somebody else has carried on what this watch is of"):
+        stage.move(ROLLBACK)
+    assert stage.claimable() == (False, True)
+    assert newest(stage.source).facts["back"] == ""
+    assert kept(stage.source) == []
 
 
 def test_wrong_wishes_are_refused(stage: Stage) -> None:

@@ -148,7 +148,7 @@ def test_the_mover_takes_the_rhythm_of_the_job_from_its_commits(apart_s: float, 
         parts = mover._precopy.facts()["forecast_parts"]
         assert parts.keys() >= {"looks", "last_delta", "handover"}
         assert "behind" not in parts, "nothing is lacking"
-        rate = mover._precopy._measured().rate_bytes_s
+        rate = mover.rounds.measured().rate_bytes_s
         assert rate is not None
         assert mover._precopy._behind_s(int(10 * rate)) == pytest.approx(behind, abs=0.5)
         stage.commit()

@@ -383,15 +383,22 @@ def test_a_job_hears_answers_and_is_asked(store: Store) -> None:
 def test_wishes_that_nobody_repeats_are_forgotten_and_saves_are_not_held_back_for_long(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpumove.leave.requests.WISH_S", 0.6)
+    monkeypatch.setattr("gpumove.leave.requests.WISH_S", 1.5)
     job, tool = Rank0(store), again(store)
-    asked, began = job.requests.asked, time.monotonic()
-    while asked.hold or time.monotonic() - began < 0.3:
+    asked = job.requests.asked
+
+    def wish() -> None:
         tool.follow()
         say(tool, "begin", facts={"job": {"save_s": 1.5}, "hold": True})
         time.sleep(0.1)
-        assert time.monotonic() - began < 5
-    assert time.monotonic() - began > 0.5
+
+    began = time.monotonic()
+    wish()
+    until(lambda: asked.hold)
+    while asked.hold:
+        wish()
+        assert time.monotonic() - began < 20
+    assert time.monotonic() - began > 1.4
     assert asked.under_way, "that was repeated"
     until(lambda: not asked.under_way)
     job.requests.close()
@@ -424,15 +431,14 @@ def test_the_first_step_after_a_handover_is_told_once(store: Store) -> None:
     say(again(store), "handover", facts={"stopped_at": stopped, "forced": True})
     job = Rank0(store)
     job.departure.step = 5  # what restore() tells
-    time.sleep(1.0)
+    time.sleep(2.0)
     assert again(store).view.move.state == "handover"  # type: ignore[union-attr]
     job.departure.step = 6
     until(lambda: again(store).view.move.state == "done")  # type: ignore[union-attr]
     facts = again(store).view.move.facts  # type: ignore[union-attr]
     assert facts["step"] == 6
     assert facts["forced"] is True
-    assert 3 < facts["blackout_s"] < 3.8, "over as soon as the next step could be begun"
-    assert facts["at"] - facts["blackout_s"] > stopped + 0.9
+    assert 3 < facts["blackout_s"] < facts["at"] - stopped - 1.0, "over as soon as the next step could be begun"
     head = again(store).view.head
     job.departure.step = 7
     time.sleep(0.2)
@@ -461,15 +467,15 @@ def test_a_store_that_fails_costs_only_the_request(store: Store, caplog: pytest.
 
 def test_what_a_save_takes_as_the_job_leaves_is_less_than_beside_long_steps() -> None:
     """Beside the training a save waits to see the training thread; as the job leaves it is there."""
-    model = torch.nn.Linear(2048, 2048)
+    model = torch.nn.Linear(512, 512)
     optimizer = torch.optim.AdamW(model.parameters())
     with gpumove.Checkpointer(memory().url, model=model, optimizer=optimizer, every_steps=1) as ckpt:
         ckpt.restore()
         for step in (1, 2):
-            model(torch.ones(1, 2048)).sum().backward()
+            model(torch.ones(1, 512)).sum().backward()
             optimizer.step()
             ckpt.step(step)
-            time.sleep(1.2)
+            time.sleep(1.8)
         assert ckpt.last is not None
         ckpt.last.wait(30)
         requests = ckpt._way_out.requests

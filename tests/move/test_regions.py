@@ -22,7 +22,7 @@ from tests.servers.s3 import KEY, SECRET
 
 
 def opened(url: str, **options: Any) -> Store:
-    return Store.open(url, Config(retry_s=5.0, deadline_s=5.0), options=options)
+    return Store.open(url, Config(retry_s=60.0, deadline_s=30.0), options=options)
 
 
 def s3_bucket(server: Bucket, name: str, region: str) -> None:

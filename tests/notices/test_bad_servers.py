@@ -53,7 +53,7 @@ def test_bad_answers_end_in_time_and_are_no_notice(name: str, behave: Callable[[
         began = time.monotonic()
         with pytest.raises((OSError, HTTPException, ValueError)):
             SOURCES[name](server.base).poll()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 15
         assert server.connections >= 1
 
 

@@ -106,12 +106,12 @@ def test_a_signal_is_a_notice(number: signal.Signals) -> None:
 
 def test_it_is_heard_inside_a_collective() -> None:
     """And it is one notice, although the main thread gets to its handler much later."""
-    with program("start(again_s=0.5); collective(6); say(back=True); time.sleep(0.5)") as running:
+    with program("start(again_s=0.5); collective(8); say(back=True); time.sleep(0.5)") as running:
         running.said("ready")
         time.sleep(0.2)
         sent = running.send(signal.SIGTERM)
-        assert running.said("source")["at"] - sent < 2
-        assert running.said("back")["at"] - sent > 2
+        assert running.said("source")["at"] - sent < 4
+        assert running.said("back")["at"] - sent > 4
         assert running.rest() == []
 
 
@@ -148,7 +148,7 @@ def test_sigterm_again_means_now_and_at_once_it_is_the_same_one() -> None:
         running.send(signal.SIGTERM)
         again = running.said("source")
         assert again["detail"] == "SIGTERM again"
-        assert abs(again["deadline"] - again["now"]) < 1
+        assert abs(again["deadline"] - again["now"]) < 5
         time.sleep(0.1)
         running.send(signal.SIGTERM)  # a third one changes nothing, and does not kill
         time.sleep(0.3)

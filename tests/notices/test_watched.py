@@ -7,6 +7,7 @@ import os
 import ssl
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_seconds_count_from_when_they_were_first_seen(tmp_path: Path) -> None:
     first = source.poll()
     assert first is not None
     assert first.deadline is not None
-    assert 59 < first.deadline - time.time() <= 60
+    assert 50 < first.deadline - time.time() <= 60
     time.sleep(0.02)
     assert source.poll() == first
     path.write_text('{"in_s": 5}')
@@ -64,9 +65,11 @@ def test_a_huge_file_is_read_in_part(tmp_path: Path) -> None:
     path = tmp_path / "leave"
     with path.open("wb") as file:
         file.truncate(1 << 30)
-    began = time.monotonic()
+    tracemalloc.start()
     assert File(str(path)).poll() is not None
-    assert time.monotonic() - began < 2
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 8 << 20
 
 
 def test_what_is_no_file_fails_and_does_not_block(tmp_path: Path) -> None:

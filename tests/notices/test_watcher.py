@@ -75,13 +75,13 @@ def test_one_that_hangs_delays_nobody(tmp_path: Path) -> None:
     with Rude(hangs) as server, Imds() as imds:
         began = time.monotonic()
         watcher, heard = watch(Aws(server.base, limit_s=20), Aws(imds.base), File(str(tmp_path / "leave")))
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 8
         (tmp_path / "leave").touch()
         assert heard.get(timeout=5).source == "file"
         until(lambda: server.connections > 0)
         began = time.monotonic()
         watcher.close()
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 8
 
 
 def test_threads_are_daemons_with_a_name(tmp_path: Path) -> None:

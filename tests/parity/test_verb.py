@@ -63,6 +63,13 @@ def test_the_same_job(folder: Path) -> None:
     assert contents(folder / "run") == before
 
 
+def test_no_job_is_started_where_no_run_is(tmp_path: Path) -> None:
+    code, out, err = certify(tmp_path, "well")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: there is no gpumove run at ")
+    assert len(err.splitlines()) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "code"), [("optimizer", 50), ("ignores", 0), ("fails-later", 0)])
 def test_a_verdict_stands_whatever_the_script_does_after_it(folder: Path, way: str, code: int) -> None:

@@ -133,6 +133,8 @@ def test_at_another_number_of_ranks_local_facts_are_no_evidence() -> None:
     found = certify(lambda s: 0.02, RANKS)
     assert (found.verdict, found.cause) == ("different", "world_size")
     assert "2 ranks then, 4 now" in found.why
+    alone = msgspec.structs.replace(SAME, world_sizes=(1, 2))
+    assert "the machines differ: 1 rank then, 2 now" in certify(lambda s: 1e-7, alone).why
     moved = msgspec.structs.replace(OTHER, same_kind=False)
     assert certify(lambda s: {"rng": "x"}, moved).verdict == "bitwise", "a GPU draws elsewhere"
 

@@ -15,6 +15,7 @@ import torch
 import gpumove
 from gpumove.cli import main
 from gpumove.config import Config
+from gpumove.inspection.run import open_run
 from gpumove.report.bill import Rates
 from gpumove.report.charts import thinned
 from gpumove.report.making import report
@@ -75,6 +76,25 @@ def test_what_it_says_of_a_moved_run(moved: Moved, moved_page: str) -> None:
     assert "Verdict: unknown" in text
     for state in ("begin", "sealed", "handover", "done"):
         assert f" {state} " in text
+
+
+def test_what_a_move_has_measured_has_units_and_what_it_compares_is_said_in_words(tmp_path: Path) -> None:
+    train(str(tmp_path), EVERY)
+    before = {"step": 9, "loss": {"rows": 64, "level": 2.6177, "margins": [0.5]}}
+    standing = {"loss": 2.5052, "loss_before": 2.6177, "s": 0.0146, "s_expected": 0.0148}
+    facts = {"forecast_s": 0.153, "forecast_parts": {"leave": 0.024, "restore": 2.5}, "baseline": before}
+    watch = {"handed": 9, "steps": 200, "epoch": 3, "baseline": before, "standing": standing}
+    with open_run(str(tmp_path)) as log:
+        for state, told in (("sealed", facts), ("watched", {"blackout_s": 1.5, "watch": watch})):
+            log.move(state, move="0" * 16, other="memory://elsewhere", facts=told)
+    text = Reader(report([str(tmp_path)])).text
+    assert "forecast: 153 ms, forecast parts: (leave: 24 ms, restore: 2.5 s)" in text
+    assert (
+        "blackout: 1.5 s; loss 2.505 against 2.618 at the source; a step takes 14.6 ms, and 14.8 ms are expected"
+        in text
+    )
+    assert "level" not in text
+    assert "margins" not in text
 
 
 def test_the_target_alone_knows_what_was_copied(moved: Moved) -> None:

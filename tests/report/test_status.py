@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
+import gpumove
 from gpumove import cli, cli_report
 from gpumove.inspection.run import open_run
-from gpumove.report.status import Watch
+from gpumove.report.status import Status, Watch
+from gpumove.store.log import Log
+from tests.jobs import new_job
 from tests.report.conftest import Moved, train
 from tests.runs import flip, objects
 
@@ -54,9 +57,57 @@ def test_a_commit_that_does_not_come(tmp_path: Path) -> None:
     with open_run(str(tmp_path)) as log:
         found = Watch(log).look()
     late = replace(found, now=found.now + 3600)
-    assert (found.overdue, late.overdue) == (False, True)
-    assert not replace(late, owned=False).overdue, "where no job may write, none is late"
-    assert not replace(late, every_s=None).overdue
+    assert (found.quiet, late.quiet) == (False, True)
+    assert not replace(late, owned=False).quiet, "where no job may write, none is late"
+    assert not replace(late, every_s=None).quiet
+
+
+def late(log: Log) -> Status:
+    """An hour later."""
+    found = Watch(log).look()
+    return replace(found, now=found.now + 3600)
+
+
+def test_a_job_that_has_left_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(str(tmp_path), 60)
+    job = new_job()
+    with gpumove.Checkpointer(str(tmp_path), **job.parts(), every_s=None) as ckpt:
+        for step in range(ckpt.restore() + 1, 63):
+            job.train(step - 1, step, ckpt)
+            ckpt.save(step).wait(60)
+        ckpt.request_leave(in_s=20.0)
+        while not ckpt.step(step):
+            step += 1
+    with open_run(str(tmp_path)) as log:
+        found = late(log)
+        assert (found.every_s is None, found.quiet) == (False, False)
+        assert found.ended.startswith(f"the job has left after step {step} on a notice (request)")
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert f"ended      {found.ended}\n" in capsys.readouterr().out
+    train(str(tmp_path), 80)
+    with open_run(str(tmp_path)) as log:
+        assert Watch(log).look().ended == "", "it was started again"
+
+
+@pytest.mark.parametrize(
+    ("state", "ended", "said"),
+    [
+        ("left", "", "the job has left, for a move"),
+        ("watched", "finished", "the job has come to its end"),
+        ("watched", "left", "the job has left, as it was asked to"),
+        ("watched", "ValueError", "the job has ended with ValueError"),
+        ("watched", "", ""),
+    ],
+)
+def test_what_a_word_of_a_move_says_of_its_end(tmp_path: Path, state: str, ended: str, said: str) -> None:
+    train(str(tmp_path), 60)
+    facts = {"watch": {"handed": 20, "steps": 200, "epoch": 1, "ended": ended}} if state == "watched" else {}
+    with open_run(str(tmp_path)) as log:
+        assert late(log).quiet
+        log.move(state, move="0" * 16, other="memory://elsewhere", facts=facts)
+        assert (late(log).ended, late(log).quiet) == (said, not said)
+        log.claim()
+        assert late(log).ended == "", "another one has come since"
 
 
 def test_status(call: Any, moved: Moved) -> None:

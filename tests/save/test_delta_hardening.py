@@ -225,13 +225,12 @@ def test_memory_that_is_kept_is_given_back_when_it_does_not_fit_any_more(
 def test_chains_over_a_store_with_latency_are_read_side_by_side(url: str) -> None:
     """A group's ranges are asked for at once: not one after the other for every link of the chain."""
     import threading
-    import time
 
     from gpumove.store.objects import Store
 
     truth = run(url, Plain(), 8, max_restore_amplification=20.0)
     at_once, most = 0, 0
-    lock = threading.Lock()
+    lock, enough = threading.Lock(), threading.Event()
     genuine = Store.get_ranges
 
     def slow(self: Store, *arguments: Any, **more: Any) -> Any:
@@ -239,7 +238,9 @@ def test_chains_over_a_store_with_latency_are_read_side_by_side(url: str) -> Non
         with lock:
             at_once += 1
             most = max(most, at_once)
-        time.sleep(0.05)
+            if at_once == 4:
+                enough.set()
+        enough.wait(5)
         try:
             return genuine(self, *arguments, **more)
         finally:

@@ -20,7 +20,7 @@ import psutil  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / ".tools"
-START_S = 60.0
+START_S = 150.0
 
 RUNNING: list[Server] = []
 """What runs now; the test report reads the ends of the logs from here."""

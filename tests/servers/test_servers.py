@@ -185,6 +185,12 @@ def test_server_that_dies_shows_its_log(tmp_path: Path) -> None:
             pytest.fail("unreachable")
 
 
+def test_link_is_as_fast_as_its_rate() -> None:
+    link, began = Link(40, delay_s=0.02), time.monotonic()
+    arrives = [link.reserve(1 << 18) for _ in range(16)][-1]  # 4 MiB
+    assert 0.838 < arrives - 0.02 - began < 0.84 + time.monotonic() - began
+
+
 def test_link_has_its_rate_and_delay(gcs_server: Bucket) -> None:
     data = os.urandom(1 << 20)
     with Proxy(gcs_server.endpoint, up=Link(40, delay_s=0.02), down=Link(80, delay_s=0.02)) as proxy:
@@ -200,8 +206,8 @@ def test_link_has_its_rate_and_delay(gcs_server: Bucket) -> None:
             got = list(pool.map(lambda i: api.call("GET", api.at(f"link{i}", "?alt=media"))[2], range(4)))
             down_s = time.monotonic() - start
         assert set(got) == {data}
-        assert 0.84 <= up_s < 2.5
-        assert 0.42 <= down_s < 2.5
+        assert 0.84 <= up_s < 10  # the machine may pause
+        assert 0.42 <= down_s < 10
 
 
 def test_faults_hit_the_matching_request_of_a_kept_connection(gcs_server: Bucket) -> None:

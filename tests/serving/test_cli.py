@@ -81,6 +81,22 @@ def test_from_a_checkpoint_to_production_and_back(said: Any, tmp_path: Path) -> 
     assert said("pointers {url} x", **at)[0] == 2
 
 
+def test_a_gate_that_would_be_none_is_not_passed_in_silence(said: Any, tmp_path: Path) -> None:
+    at = {"url": tmp_path / "run", "at": tmp_path}
+    save_file({"output": make(str(tmp_path / "run"), 1)[1]}, tmp_path / "o.safetensors")
+    assert said("publish {url} 1 --as canary", **at)[0] == 0
+    for words, why in (
+        ("publish {url} 1 --as x --tolerance 0.1", "say how outputs are compared"),
+        ("publish {url} 1 --as x --probe probe", "say how outputs are compared"),
+        ("promote {url} canary --to x --tolerance 0.1", "say how outputs are compared"),
+        ("promote {url} canary --to x --no-gate --tolerance 0.1", "say how outputs are compared"),
+        ("promote {url} canary --to x --no-gate --outputs {at}/o.safetensors", "leave out one of the two"),
+    ):
+        code, out, err = said(words, **at)
+        assert (code, out, why in err) == (2, "", True), (words, err)
+    assert said("pointers {url} x", **at)[0] == 2, "nothing was published"
+
+
 def test_publishing_needs_no_torch(tmp_path: Path) -> None:
     outputs = make(str(tmp_path / "run"), 1)
     save_file({"output": outputs[1]}, tmp_path / "o.safetensors")

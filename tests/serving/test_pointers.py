@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -25,9 +25,11 @@ from gpumove.move.copier import Copier
 from gpumove.move.replica import Replica
 from gpumove.move.rounds import Rounds
 from gpumove.serving import following
+from gpumove.store.files import FileBackend
 from gpumove.store.gc import Retention, collect
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
+from gpumove.store.retry import in_thread
 from tests.conftest import StoreAt
 from tests.jobs import new_job
 
@@ -205,16 +207,22 @@ def test_of_two_publishers_one_wins(store_url: StoreAt) -> None:
     assert gpumove.publish(url, 1, "production", storage_options=options).number == 2
 
 
-def test_it_goes_on_beside_a_training_that_is_not_disturbed(tmp_path: Path) -> None:
-    url, job = str(tmp_path / "run"), new_job()
-    with gpumove.Checkpointer(url, **job.parts(), keep_last=2, every_s=None) as ckpt:
+def published_beside(url: str, name: str, at: Collection[int], *, until: int, keep_last: int) -> int:
+    """Train from the beginning, save every step, publish some at once; how many saves have failed."""
+    job = new_job()
+    with gpumove.Checkpointer(url, **job.parts(), keep_last=keep_last, every_s=None) as ckpt:
         ckpt.restore()
-        for step in range(1, 13):
+        for step in range(1, until + 1):
             job.train(step - 1, step, ckpt)
             ckpt.save(step).wait(60)
-            if step in (2, 4, 6):
-                gpumove.publish(url, step, "canary")
-        assert ckpt.failed == 0
+            if step in at:
+                gpumove.publish(url, step, name)
+        return ckpt.failed
+
+
+def test_it_goes_on_beside_a_training_that_is_not_disturbed(tmp_path: Path) -> None:
+    url = str(tmp_path / "run")
+    assert published_beside(url, "canary", (2, 4, 6), until=12, keep_last=2) == 0
     assert set(steps(url)) & {2, 4, 6} == {4, 6}, "the newest, and what a demote goes back to"
     assert gpumove.demote(url, "canary").step == 4
     assert verify(url, deep=True).sound
@@ -224,13 +232,8 @@ def test_it_goes_on_beside_a_training_that_is_not_disturbed(tmp_path: Path) -> N
 
 
 def test_a_name_that_stands_for_each_new_checkpoint_keeps_few(tmp_path: Path) -> None:
-    url, job = str(tmp_path / "run"), new_job()
-    with gpumove.Checkpointer(url, **job.parts(), keep_last=1, every_s=None) as ckpt:
-        ckpt.restore()
-        for step in range(1, 11):
-            job.train(step - 1, step, ckpt)
-            ckpt.save(step).wait(60)
-            gpumove.publish(url, step, "latest")
+    url = str(tmp_path / "run")
+    published_beside(url, "latest", range(1, 11), until=10, keep_last=1)
     assert len(steps(url)) <= 4
     assert gc(url) == [9, 10]
 
@@ -406,6 +409,32 @@ def test_a_follower_outlives_its_store(
     assert [r.getMessage() for r in caplog.records if "the store is away" in r.getMessage()] == [
         "following production: the store is away; what is served stays"
     ]
+
+
+@pytest.mark.parametrize("how", ["fails", "hangs"])
+def test_a_follower_that_is_told_to_stop_waits_for_no_store(
+    url: str, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpumove.publish(url, 1, "production")
+    stop, away, back = threading.Event(), threading.Event(), threading.Event()
+    patient = Config(retry_s=600.0, deadline_s=600.0)
+    followed = gpumove.follow(url, "production", every_s=0.01, stop=stop, config=patient)
+    assert next(followed).step == 1
+
+    def page(self: FileBackend, prefix: str, token: str | None, seconds: float) -> Any:
+        away.set()
+        if how == "hangs":
+            in_thread(lambda ticket: back.wait(seconds), seconds)
+        raise ConnectionError("the store is away")
+
+    monkeypatch.setattr(FileBackend, "page", page)
+    end = threading.Thread(target=lambda: away.wait(60) and stop.set())
+    end.start()
+    assert list(followed) == []
+    end.join()
+    back.set()
+    assert away.is_set()
+    assert not [r for r in caplog.records if r.levelname == "WARNING"], "that nobody waits any more is no news"
 
 
 def test_following_takes_a_time_between_looks(url: str) -> None:

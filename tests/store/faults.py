@@ -19,6 +19,18 @@ class Crash(BaseException):
     """The process is dead from here on."""
 
 
+_said = threading.excepthook
+
+
+def _says(args: threading.ExceptHookArgs) -> None:
+    """A thread of a process that is dead ends without a word; what else a thread raises is shown."""
+    if args.exc_type is not Crash:
+        _said(args)
+
+
+threading.excepthook = _says
+
+
 class FaultyStore:
     """The seven verbs of a Store, counted from 1; the ``at``-th one meets the fault.
 

@@ -127,6 +127,16 @@ def test_old_entries_go_with_the_second_gc(log: Log) -> None:
         log.read()
 
 
+def test_who_owns_the_run_is_known_after_its_claim_is_collected(log: Log) -> None:
+    owner = (log.view.writer, log.view.host)
+    assert all(owner)
+    for keep_last in (3, 2):  # the second one takes the claim away, and has not seen it
+        log.read()
+        collect(log, Retention(keep_last=keep_last))
+    assert log.read().first > 1
+    assert (log.view.writer, log.view.host) == owner
+
+
 def test_a_collector_that_has_lost_the_run_stops_deleting(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpumove.store.gc._BATCH", 1)
     log.claim(resumed=log.view.checkpoints[-1].number)

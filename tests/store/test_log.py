@@ -111,6 +111,29 @@ def test_a_sleeping_claimer_cannot_claim_into_the_past(store: Store) -> None:
         commit(owner, 9, 9)
 
 
+def test_what_falls_on_the_number_of_a_checkpoint_that_was_kept_is_said_again(store: Store) -> None:
+    """Its entry is gone, its number free; that there is a checkpoint of that number is another one's doing."""
+    owner = new_log(store)
+    owner.claim()
+    claimer, tool = new_log(store), new_log(store)
+    owner.pin(commit(owner, 1, 1), pinned=True)
+    for serial in range(2, 5):
+        commit(owner, serial, serial)
+        collect(owner, Retention(keep_last=1), reach=lambda _: set())
+    number = claimer.view.head + 1
+    assert owner.view.checkpoints[0].number == number
+    assert store.exists(keys.entry_key(number)) is None
+    claimer.claim()
+    assert new_log(store).view.writer == claimer.writer
+    store.delete([keys.entry_key(number)])
+    tool.move("begin", move="0" * 16, other="memory://elsewhere")
+    said = new_log(store).view.move
+    assert said is not None
+    assert said.writer == tool.writer
+    with pytest.raises(FencedError):
+        commit(owner, 9, 9)
+
+
 def test_racing_claims_have_different_epochs_and_one_owner(store: Store) -> None:
     logs = [new_log(store) for _ in range(8)]
     threads = [threading.Thread(target=log.claim) for log in logs]
@@ -294,7 +317,7 @@ def test_where_calls_wait_for_a_network_both_questions_are_asked_at_once(
     owner, reader = new_log(store), new_log(store)
     owner.claim()
     reader.follow()
-    exists, get, asked = store.exists, store.get, threading.Barrier(2, timeout=5)
+    exists, get, asked = store.exists, store.get, threading.Barrier(2, timeout=20)
 
     def first(key: str) -> object:
         asked.wait()
