@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gpumove.job.launch import settings
 from gpumove.job.outcome import DURABLE, FINISHED, NOT_DURABLE
 from gpumove.job.supervise import Job, Result, run
 from gpumove.parity.causes import NAMES
+from gpumove.parity.followed import find_followed
 from gpumove.parity.verdict import DIFFERENT, Certificate, Compared
 
 Arguments = argparse.Namespace
@@ -57,8 +58,10 @@ def run_certify(args: Arguments, screen: Screen) -> int:
     options = storage_options(args)
     if args.output is not None:
         _check_place(Path(args.output))
-    with open_run(args.url, config=config, storage_options=options):
-        pass  # before the job is started: each of its ranks would say it too, after minutes and with a traceback
+    if why := _nothing_to_train(args.url, config, options):
+        facts = {"exit_code": UNKNOWN, "job": "it was not started", "certificate": None}
+        screen.give(facts, lambda s: s.line(("unknown", "bold yellow"), f": {why}"))
+        return UNKNOWN
     result = run(Job(url=args.url, torchrun=args.torchrun, config=config, options=options))
     if result.certificate is None and result.notice is not None and result.notice.source == "sigint":
         raise KeyboardInterrupt
@@ -66,9 +69,19 @@ def run_certify(args: Arguments, screen: Screen) -> int:
     if certificate is not None and args.output is not None:
         _write(Path(args.output), result.certificate or b"")
     code = _code(certificate, result)
-    facts: dict[str, Any] = {"exit_code": code, "job": result.text, "certificate": certificate}
+    facts = {"exit_code": code, "job": result.text, "certificate": certificate}
     screen.give(facts, lambda s: _show(s, certificate, result))
     return code
+
+
+def _nothing_to_train(url: str, config: Config, options: Mapping[str, Any]) -> str:
+    """Why nothing can be compared, whatever the job does. Its ranks would say it after minutes, with tracebacks."""
+    with open_run(url, config=config, storage_options=options) as log:
+        try:
+            find_followed(log, config.certify)
+        except ParityError as error:
+            return str(error)
+    return ""
 
 
 def _check_place(path: Path) -> None:

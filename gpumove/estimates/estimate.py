@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +66,14 @@ def estimate(
     wishes, table, gpus = Said.of(said), read_prices(prices), our_gpus()
     targets = [place(text, table, gpus) for text in ([to] if isinstance(to, str) else to)]
     source = None if wishes.runs_at is None else place(wishes.runs_at, table, gpus)
-    found = _NO_RUN
-    if src is not None:
-        with open_run(src, storage_options=storage_options) as log:
+    found, probed = _NO_RUN, None
+    with nullcontext() if src is None else open_run(src, storage_options=storage_options) as log:
+        if probe_url is not None:  # first: a job that trains commits meanwhile
+            here = probe(src, storage_options=storage_options) if src is not None else None
+            probed = (here, probe(probe_url, storage_options=probe_options))
+        if log is not None:
             found = read_facts(log)
-    facts, probed = under(wishes, found), None
-    if probe_url is not None:
-        here = probe(src, storage_options=storage_options) if src is not None else None
-        probed = (here, probe(probe_url, storage_options=probe_options))
+    facts = under(wishes, found)
     case = Case.of(facts, wishes, source, table, gpus, src)
     ways = links(wishes, facts, probed, len(targets) or 1)
     outlooks = [case.outlook(*each) for each in zip(targets, ways)] if targets else [case.outlook(None, ways[0])]

@@ -68,6 +68,7 @@ def test_no_job_is_started_where_no_run_is(tmp_path: Path) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("error: there is no gpumove run at ")
     assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -110,14 +111,12 @@ def test_a_script_that_opens_another_run_is_refused(folder: Path) -> None:
     assert (code, "is to be certified, and the script opens" in out) == (2, True)
 
 
-@pytest.mark.slow
-def test_one_checkpoint_is_unknown_and_no_run_is_a_wrong_call(tmp_path: Path) -> None:
-    code, out, _ = certify(tmp_path, "well")
-    assert (code, "there is no run at" in out) == (2, True)
-    assert not (tmp_path / "run").exists()
+def test_no_job_is_started_where_nothing_is_to_be_compared(tmp_path: Path) -> None:
     train(tmp_path / "run", 4, every=4)
-    code, out, _ = certify(tmp_path, "well")
-    assert (code, "nothing to compare with" in out) == (51, True)
+    code, out, err = certify(tmp_path, "well")
+    assert (code, err) == (51, "")
+    assert out.startswith("unknown: ")
+    assert "no checkpoint that recorded steps follow" in out
 
 
 @pytest.mark.slow
