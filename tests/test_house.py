@@ -169,7 +169,7 @@ LONG_FILES = {
     "state.loader": 370,  # the loader and its order of samples
     "state.capture": 320,
     "state.layout": 305,
-    "move.machine": 322,  # one state machine, and what it does in each state
+    "move.machine": 316,  # one state machine, and what it does in each state
     "inspection.summary": 310,  # the data behind two verbs, and its many fields
 }
 

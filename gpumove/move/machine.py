@@ -256,6 +256,7 @@ class Mover:
 
     def _wait_for_arrival(self) -> bool:
         """Whether a job trains at the target now."""
+        self.rounds.courier.bring_quietly()  # if the mover was killed before it had done that
         until = time.monotonic() + self.wishes.arrive_timeout_s
         while (now := self.look()) is Phase.HANDED and time.monotonic() < until:
             time.sleep(_SOON_S)

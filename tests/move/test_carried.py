@@ -9,6 +9,7 @@ import pytest
 
 import gpumove
 from gpumove.leave import requests
+from gpumove.move.pointers import Courier
 from gpumove.move.report import Event
 from tests.move.runs import CONFIG, Place
 from tests.move.stage import TRAINED, WISHES, Stage, tape
@@ -41,6 +42,29 @@ def test_a_name_that_was_published_until_the_seal_comes_along(stage: Stage) -> N
     assert stage.claimable() == (False, True)
     published = gpumove.resolve(stage.target.url, "production", config=CONFIG)
     assert published.step == stage.steps(stage.target)[-1] == 3
+
+
+def test_a_name_that_a_killed_mover_has_left_behind_is_brought_by_the_next_one(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Courier, "look", lambda self: None)  # as where it has looked just before
+
+    class Killed(BaseException):
+        pass
+
+    def kill(event: Event) -> None:
+        if event.state == "round" and stage.left:
+            gpumove.publish(stage.source.url, None, "production", config=CONFIG)
+        if event.state == "handover":
+            raise Killed
+
+    stage.hook, stage.arrive = kill, lambda: None  # type: ignore[assignment,return-value]
+    with pytest.raises(Killed):
+        stage.move()
+    assert gpumove.pointers(stage.target.url, config=CONFIG) == []
+    stage.hook = lambda event: None
+    assert stage.move(replace(WISHES, arrive_timeout_s=0.0), resume=True).phase == "handed"
+    assert gpumove.resolve(stage.target.url, "production", config=CONFIG).step == 3
 
 
 def test_the_wish_for_single_steps_outlasts_a_request_that_nobody_has_heard(
