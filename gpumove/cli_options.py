@@ -89,15 +89,15 @@ def parse_size(option: str, text: str) -> int:
 
 
 def parse_rate(option: str, text: str) -> float:
-    """A rate such as ``200MB/s`` or ``1Gbit/s``, in bytes per second.
+    """A rate such as ``200MB/s`` or ``1Gbit/s``, in bytes per second. A bare number could be meant in either.
 
     Raises:
         ConfigError: it is none.
     """
-    match = re.fullmatch(r"(.*?)(bit)?(?:/s)?", text.strip())
-    assert match is not None
+    amount = text.strip().removesuffix("/s")
+    size = amount.removesuffix("bit")
     try:
-        found = parse_size(option, match[1]) / (8 if match[2] else 1)
+        found = 0 if size == amount and size[-1:].isdecimal() else parse_size(option, size) / (1 if size == amount else 8)
     except ConfigError:
         found = 0
     if found <= 0:

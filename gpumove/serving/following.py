@@ -136,8 +136,8 @@ def _readable(store: Store, marks: Sequence[tuple[str, int]]) -> list[Pointer]:
 
 def nothing(store: Store, name: str) -> ConfigError:
     """That a name is not published, and which are."""
-    have = ", ".join(numbers(store)) or "nothing is"
-    return ConfigError(f"nothing is published as {name} at {store.url}; {have} published", code="config.no_pointer")
+    have = ", ".join(numbers(store)) or "nothing"
+    return ConfigError(f"nothing is published as {name} at {store.url}, but {have}", code="config.no_pointer")
 
 
 def newest_of(store: Store, name: str) -> Pointer:

@@ -114,12 +114,15 @@ def promote(
         storage_options: for fsspec.
 
     Raises:
-        ConfigError: nothing is published as ``source``; no outputs were given, or the checkpoint has no such probe.
+        ConfigError: nothing is published as ``source``, or it is ``name`` itself; no outputs were given, or the
+            checkpoint has no such probe.
         ParityError: the outputs differ from what was recorded.
         FencedError: this is a replica, or the run was moved away.
         IntegrityError: the pointer or the checkpoint is damaged.
     """
     check_name(source), check_name(name)
+    if source == name:
+        raise ConfigError(f"{name} stands for that already: name another one", code="config.same_name")
     live = _given(outputs, probe, tolerance, gate=gate)
     with _at_home(url, config, storage_options) as log:
         pointer = newest_of(log.store, source)

@@ -291,13 +291,21 @@ def test_options_of_either_end() -> None:
 
 @pytest.mark.parametrize(
     ("text", "bytes_s"),
-    [("200MB/s", 2e8), ("1MiB", 1 << 20), ("1Gbit/s", 1.25e8), ("8kbit/s", 1e3), ("100", 100), ("1.5 GB/s", 1.5e9)],
+    [
+        ("200MB/s", 2e8),
+        ("1MiB", 1 << 20),
+        ("1Gbit/s", 1.25e8),
+        ("8kbit/s", 1e3),
+        ("100B/s", 100),
+        ("800bit/s", 100),
+        ("1.5 GB/s", 1.5e9),
+    ],
 )
 def test_rates(text: str, bytes_s: float) -> None:
     assert parse_rate("--limit", text) == bytes_s
 
 
-@pytest.mark.parametrize("text", ["", "/s", "fast", "1 parsec/s", "-3MB/s", "0MB"])
+@pytest.mark.parametrize("text", ["", "/s", "fast", "100", "100/s", "1.5", "1 parsec/s", "-3MB/s", "0MB"])
 def test_what_is_no_rate(text: str) -> None:
     with pytest.raises(ConfigError, match="--limit takes a rate"):
         parse_rate("--limit", text)
