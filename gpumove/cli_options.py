@@ -97,7 +97,8 @@ def parse_rate(option: str, text: str) -> float:
     amount = text.strip().removesuffix("/s")
     size = amount.removesuffix("bit")
     try:
-        found = 0 if size == amount and size[-1:].isdecimal() else parse_size(option, size) / (1 if size == amount else 8)
+        found = parse_size(option, size) / (1 if size == amount else 8)
+        found = 0 if size == amount and size[-1:].isdecimal() else found
     except ConfigError:
         found = 0
     if found <= 0:

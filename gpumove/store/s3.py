@@ -6,6 +6,7 @@ It makes one call per method, without retries; it knows keys and bytes, and neve
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
@@ -198,5 +199,9 @@ class S3Backend(CloudBackend):
         return next((_NAMES[name] for name in names if name in _NAMES), None) or super().fault(error, verb)
 
     def close(self) -> None:
-        """Dropped; the package closes its connections when nothing refers to them any more."""
-        self._fs = self._client = None
+        """Close the session on its own loop. The package's finalizer, which then finds nothing left to do, does it in
+        whatever thread collects garbage: one with another event loop, such as a notebook's, is the wrong one."""
+        if creator := getattr(self._fs, "_s3creator", None):
+            with contextlib.suppress(Exception):
+                self._call(lambda fs: creator.__aexit__(None, None, None), 5.0)
+        self._client = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
 import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -254,3 +258,21 @@ def test_put_of_a_large_object(store: Store) -> None:
     parts = [os.urandom(32 << 20) for _ in range(5)]
     store.put("large", parts)
     assert store.get("large") == b"".join(parts)
+
+
+def test_closing_where_an_event_loop_runs_breaks_nothing(store_url: StoreAt) -> None:
+    """As a notebook's does in the thread of its cells: a session belongs to the loop of its package."""
+    url, options = store_url
+    wrong: list[dict[str, Any]] = []
+
+    async def cell() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: wrong.append(context))
+        for _ in range(3):
+            with contextlib.closing(Store.open(url, Config(), options=options)) as store:
+                store.put("k", b"some bytes")
+            gc.collect()
+            await asyncio.sleep(0.05)
+
+    asyncio.run(cell())
+    gc.collect()
+    assert wrong == []
