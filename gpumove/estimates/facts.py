@@ -4,6 +4,7 @@ records alone; nothing is guessed, and what it does not say is None."""
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -56,6 +57,8 @@ class Facts:
     """What a commit brings."""
     every_s: Range | None = None
     """Between two commits."""
+    since_s: float | None = None
+    """Since the newest one, when this was read."""
     save_s: Range | None = None
     """From a step to the commit of it, as the job leaves."""
     packs: int = 1
@@ -120,6 +123,7 @@ def read_facts(log: Log) -> Facts:
     found = Facts(
         url=log.store.url, step=newest.step, state_bytes=newest.state_bytes,
         full_bytes=None if needed is None else sum(needed.values()), delta_bytes=delta, every_s=every,
+        since_s=time.time() - newest.time,
         save_s=_saved_s(recent, line[0], read) or _told_s(view.move), packs=max(1, packs),
         restore_s=_restored_s(line, read), ranks=newest.world_size,
         device=device_of(machine), peak_bytes=whole(machine, "peak.device_bytes") or None,

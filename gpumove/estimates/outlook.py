@@ -87,7 +87,7 @@ class Case:
     def outlook(self, target: Place | None, link: Link) -> Outlook:
         """For one target; for none, only what is sent."""
         facts = self.facts
-        transfer = expect(facts.full_bytes, facts.delta_bytes, facts.every_s, link)
+        transfer = expect(facts.full_bytes, facts.delta_bytes, facts.every_s, link, since_s=facts.since_s)
         if target is None:
             return Outlook(None, transfer, link.rate_bytes_s, link.how, unknown=transfer.unknown)
         machines = target.count(self.gpus)

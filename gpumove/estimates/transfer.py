@@ -12,8 +12,8 @@ from gpumove.move.cutover import Standing, decide, is_steady, leave_s
 from gpumove.move.rounds import Measured, crowded_below, forecast
 
 _MOST_ROUNDS = 100
-_SINCE = (0.5, 0.0, 0.99)
-"""Shares of the time between two commits, the likeliest first."""
+_SINCE, _SINCES = 0.5, (0.0, 0.99)
+"""How long ago the last commit came, as a share of the time between two: where that is not known, and both ends."""
 _OTHERS = frozenset({"leave", "handover", "restore"})
 """Parts of a blackout that do not depend on bytes."""
 _UNDER_WAY_BYTES = Config.budget_bytes
@@ -75,7 +75,14 @@ class Transfer:
         return Range(known.low, known.value, known.high + _PATIENCE_S * len(_OTHERS - self.parts.keys()))
 
 
-def expect(full_bytes: float | None, delta_bytes: Range | None, every_s: Range | None, link: Link) -> Transfer:
+def expect(
+    full_bytes: float | None,
+    delta_bytes: Range | None,
+    every_s: Range | None,
+    link: Link,
+    *,
+    since_s: float | None = None,
+) -> Transfer:
     """From bytes and a rate to a move.
 
     Args:
@@ -83,6 +90,7 @@ def expect(full_bytes: float | None, delta_bytes: Range | None, every_s: Range |
         delta_bytes: what a commit brings.
         every_s: seconds between two commits.
         link: the way.
+        since_s: how long ago the last one came when the move begins. Longer than two take: there may be nobody.
     """
     rate = link.rate_bytes_s
     if full_bytes is None or rate is None:
@@ -92,7 +100,7 @@ def expect(full_bytes: float | None, delta_bytes: Range | None, every_s: Range |
     if delta_bytes is None or every_s is None:
         why = "rounds, bytes and blackout: it is not known what a commit brings, or how often one comes"
         return Transfer(first_s=first_s, unknown=(why,))
-    likely, *others = _courses(full_bytes, delta_bytes, every_s, rate)
+    likely, *others = _courses(full_bytes, delta_bytes, every_s, rate, since_s)
     # Commits that come faster than they can be sent are held back, and the last delta is then one over all of them.
     most_s = 0.0 if all(c.keeps_up for c in (likely, *others)) else full_bytes / rate.low
     parts = {
@@ -135,7 +143,7 @@ class _Course:
     why: str
 
 
-def _courses(full_bytes: float, delta: Range, every_s: Range, rate: Range) -> list[_Course]:
+def _courses(full_bytes: float, delta: Range, every_s: Range, rate: Range, since_s: float | None) -> list[_Course]:
     """The likeliest first; then those of both ends of what is uncertain, and of when in its interval a commit comes.
     Fewer rounds are not always better, so that all of them together make the ranges."""
     numbers = [
@@ -143,7 +151,9 @@ def _courses(full_bytes: float, delta: Range, every_s: Range, rate: Range) -> li
         (delta.low, every_s.high, rate.high, False),
         (delta.high, every_s.low, rate.low, True),
     ]
-    return [_course(full_bytes, *found, since=since) for found in numbers for since in _SINCE]
+    lately = since_s is not None and 0 <= since_s < 2 * every_s.value
+    likely = min(since_s / every_s.value, max(_SINCES)) if since_s is not None and lately else _SINCE
+    return [_course(full_bytes, *found, since=since) for found in numbers for since in (likely, *_SINCES)]
 
 
 def _course(

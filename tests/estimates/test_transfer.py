@@ -60,6 +60,16 @@ def test_a_commit_that_comes_before_the_link_is_known_to_be_slow_is_not_held_bac
     assert small.rounds.value == 2
 
 
+def test_a_commit_that_is_about_to_come_is_reckoned_with() -> None:
+    """A first round of 10 s, a commit every 30 s: if the last one came 25 s ago the next one comes in the round."""
+    known = {since: expect(1 * GB, EXACT(100 * MB), EXACT(30.0), link(EXACT(100 * MB)), since_s=since).rounds
+             for since in (None, 5.0, 25.0, 29.99, 31.0, 60.0, 1e6, -5.0)}  # fmt: skip
+    assert {since: found and found.value for since, found in known.items()} == {
+        None: 1, 5.0: 1, 25.0: 2, 29.99: 2, 31.0: 2, 60.0: 1, 1e6: 1, -5.0: 1,
+    }  # fmt: skip
+    assert {(found.low, found.high) for found in known.values() if found} == {(1, 2)}
+
+
 def test_of_a_save_that_is_sent_while_it_is_written_only_the_first_piece_adds() -> None:
     """10 s in 5 packs: of what 5 s on the link take one is left when the save is done, of what 50 s take 42."""
     known = {"save_s": Range(8.0, 10.0, 20.0), "handover_s": EXACT(0.5), "restore_s": EXACT(4.0)}
