@@ -76,10 +76,12 @@ class Moving:
             found.append(json.loads(line))
         return found
 
-    def until(self, state: str, seconds: float = 60.0) -> None:
-        """Wait until it has told this."""
+    def until(self, state: str, seconds: float = 60.0, *, or_end: bool = False) -> None:
+        """Wait until it has told this, or has ended well if that may be."""
         until = time.monotonic() + seconds
         while state not in [event["state"] for event in self.events()]:
+            if or_end and self.process.poll() == 0:
+                return
             assert self.process.poll() is None, self.text()
             assert time.monotonic() < until, self.text()
             time.sleep(0.01)
