@@ -129,7 +129,7 @@ class Rhythm:
         """When those come that are still to come before the last one."""
         if self.every_s is None:
             return []
-        apart = max(self.every_s, self.step_s)
+        apart = max(1, round(self.every_s / self.step_s)) * self.step_s  # both were measured; commits come with steps
         most = math.ceil((self.stop - self.stepped) / apart - 1e-6) - 1
         # One that should have come long ago does not come: it was skipped, or not wanted.
         least = math.ceil((self.now - self.stepped - 2 * self.commit_s) / apart)

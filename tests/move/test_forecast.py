@@ -124,6 +124,15 @@ def test_commits_that_should_have_come_long_ago_are_not_waited_for() -> None:
     assert 3600 < rhythm.stop <= 3600 + 0.3 + 1.0 + 2.0
 
 
+@pytest.mark.parametrize("every_s", [20.0, 20.8, 21.5])
+def test_the_last_step_is_not_counted_twice_where_times_were_measured_a_little_apart(every_s: float) -> None:
+    """A save every ten steps of 2.08 s, and the tenth is the last one: it is no save before it."""
+    rhythm = Rhythm(17.5, 2.08, 0.0, 0.2, 2.3, every_s, 0.3)
+    assert rhythm.stop == pytest.approx(20.8)
+    assert rhythm.commits() == []
+    assert replace(rhythm, now=19.6).commits() == pytest.approx([20.8 + 2.3])  # one step later it is one
+
+
 def test_clocks_that_differ_do_no_harm() -> None:
     """The newest commit is of the future."""
     rhythm = Rhythm(0.0, 2.0, 50.0, 0.5, 0.5, 2.0, 0.3)
