@@ -30,10 +30,10 @@ def check_ends(rounds: Rounds, allowed: Callable[[], object]) -> None:
         )
     allowed()
     existed = bool(target.run)
-    rounds.replica.look()
+    newest = rounds.replica.look()
     if existed:  # a new run's log was tried out as it was made
         target.store.probe_create()
-    _check_room(target.store.url, rounds.left_bytes(rounds.replica.look()))
+    _check_room(target.store.url, rounds.left_bytes(newest))
 
 
 def _check_room(url: str, nbytes: int) -> None:
