@@ -31,6 +31,10 @@ BEGUN, TRAINED = 2, 6
 """Checkpoints that are there when the move begins, and that the job has in all."""
 
 
+class Killed(BaseException):
+    """A process's end that nothing in it sees coming."""
+
+
 def tape() -> Place:
     """What the source's job writes, from its first step to its last."""
     place = memory()
@@ -130,6 +134,21 @@ class Stage:
     def move(self, wishes: Wishes = WISHES, **more: Any) -> Report:
         """What the command line does."""
         return move(self.source.url, self.target.url, wishes, config=CONFIG, tell=self.react, **more)
+
+    def killed_at(self, state: str, wishes: Wishes = WISHES, **more: Any) -> None:
+        """A mover that is killed just after it has told this; what is hooked up happens before, and then no more."""
+        before = self.hook
+
+        def kill(event: Event) -> None:
+            before(event)
+            if event.state == state:
+                raise Killed
+
+        self.hook = kill
+        with contextlib.suppress(Killed):
+            self.move(wishes, **more)
+            raise AssertionError(f"the move ended without {state}")
+        self.hook = lambda event: None
 
     # ---------------------------------------------------------------- what is to be seen
 

@@ -21,17 +21,12 @@ from gpumove.parity.watch import told
 from gpumove.store.gc import Retention, collect
 from gpumove.store.view import View
 from tests.move.runs import CONFIG, Place, memory, read
-from tests.move.stage import WISHES, Stage, tape
+from tests.move.stage import WISHES, Killed, Stage
 
 WATCH = replace(WISHES, watch="warn", gone_after_s=20.0)
 ROLLBACK = replace(WATCH, watch="rollback", leave_timeout_s=0.0, arrive_timeout_s=0.0)
 LOSS = {"what": "loss", "step": 12, "text": "the loss is 9"}
 SLOW = {"what": "time", "step": 12, "text": "a step takes 9 s"}
-
-
-@pytest.fixture(scope="module")
-def recorded() -> Place:
-    return tape()
 
 
 @pytest.fixture
@@ -169,15 +164,8 @@ def test_no_retention_takes_what_was_handed_over_until_the_watch_is_over(stage: 
 def test_what_a_killed_watch_has_kept_is_free_once_the_run_is_moved_back(stage: Stage) -> None:
     arrive(stage)
 
-    def kill(event: Event) -> None:
-        if event.state == "watch":
-            raise Killed
-
-    stage.hook = kill
-    with pytest.raises(Killed):
-        stage.move(WATCH)
+    stage.killed_at("watch", WATCH)
     assert kept(stage.source) == [3]
-    stage.hook = lambda event: None
     alone = replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0, force=True)
     done = move(stage.target.url, stage.source.url, alone, config=CONFIG)
     assert done.phase == "handed"
@@ -274,10 +262,6 @@ def test_the_run_moves_on_while_it_is_watched(stage: Stage) -> None:
     assert kept(stage.source) == []
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_watch_that_was_killed_is_taken_up_again(stage: Stage, at: int) -> None:
     """What was asked for is in the log: the one that resumes need not know it."""
@@ -303,18 +287,9 @@ def test_a_watch_that_was_killed_is_taken_up_again(stage: Stage, at: int) -> Non
 
 def test_a_rollback_that_was_killed_before_it_began_is_begun(stage: Stage) -> None:
     arrive(stage)
-
-    def kill(event: Event) -> None:
-        if event.state == "watch":
-            say(stage, step=12, findings=[LOSS])
-        if event.state == "watched":
-            raise Killed
-
-    stage.hook = kill
-    with pytest.raises(Killed):
-        stage.move(ROLLBACK)
+    script(stage, {"step": 12, "findings": [LOSS]})
+    stage.killed_at("watched", ROLLBACK)
     assert stage.claimable() == (False, True)
-    stage.hook = lambda event: None
     done = stage.move(replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0), resume=True)
     assert "taken back" in done.text
     assert stage.claimable() == (True, False)
@@ -324,16 +299,8 @@ def test_a_rollback_that_was_killed_before_it_began_is_begun(stage: Stage) -> No
 @pytest.mark.parametrize("state", ["begin", "request", "sealed"])
 def test_a_way_back_without_what_was_trained_is_resumed_wherever_it_was_killed(stage: Stage, state: str) -> None:
     stage.move()
-
-    def kill(event: Event) -> None:
-        if event.state == state:
-            raise Killed
-
-    stage.hook = kill
     back = replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0, force=True)
-    with pytest.raises(Killed):
-        stage.move(replace(back, discard=True), rollback=True)
-    stage.hook = lambda event: None
+    stage.killed_at(state, replace(back, discard=True), rollback=True)
     stage.move(back, resume=True)
     assert stage.claimable() == (True, False)
     assert newest(stage.source).facts["back_to"] == 3
@@ -351,17 +318,9 @@ def test_the_way_back_leaves_out_what_came_over_before(recorded: Place, stage: S
                     there.put(info.key, store.get(info.key))
     with stage.target.log() as log:
         log.append(lambda view, number: msgspec.structs.replace(fourth, number=number, epoch=view.epoch))
-
-    def kill(event: Event) -> None:
-        if event.state == "request":
-            raise Killed
-
-    stage.hook = kill
     back = replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0, force=True)
-    with pytest.raises(Killed):
-        stage.move(back, rollback=True)
+    stage.killed_at("request", back, rollback=True)
     assert stage.steps(stage.source)[-1] == 4
-    stage.hook = lambda event: None
     move(stage.target.url, stage.source.url, WISHES, config=CONFIG, rollback=True)
     assert stage.claimable() == (False, True)
     stage.move(replace(back, discard=True), rollback=True)
@@ -421,14 +380,7 @@ def test_what_was_not_compared_is_told(stage: Stage) -> None:
 def test_how_long_silence_may_last_is_remembered(stage: Stage) -> None:
     arrive(stage)
 
-    def kill(event: Event) -> None:
-        if event.state == "watch":
-            raise Killed
-
-    stage.hook = kill
-    with pytest.raises(Killed):
-        stage.move(replace(ROLLBACK, gone_after_s=0.5))
-    stage.hook = lambda event: None
+    stage.killed_at("watch", replace(ROLLBACK, gone_after_s=0.5))
     began = time.monotonic()
     done = stage.move(replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0), resume=True)
     assert time.monotonic() - began < 15

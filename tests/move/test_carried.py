@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -12,13 +13,8 @@ from gpumove.leave import requests
 from gpumove.move.pointers import Courier
 from gpumove.move.report import Event
 from tests.move.runs import CONFIG, Place
-from tests.move.stage import TRAINED, WISHES, Stage, tape
+from tests.move.stage import TRAINED, WISHES, Stage
 from tests.move.test_moves_decide import Rank0, until
-
-
-@pytest.fixture(scope="module")
-def recorded() -> Place:
-    return tape()
 
 
 @pytest.fixture
@@ -29,12 +25,14 @@ def stage(recorded: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     made.close()
 
 
-def test_a_name_that_was_published_until_the_seal_comes_along(stage: Stage) -> None:
-    def publish(event: Event) -> None:
-        if event.state == "round" and stage.left:
-            gpumove.publish(stage.source.url, None, "production", config=CONFIG)
+def publish(stage: Stage, event: Event) -> None:
+    """Once the job has left."""
+    if event.state == "round" and stage.left:
+        gpumove.publish(stage.source.url, None, "production", config=CONFIG)
 
-    stage.hook = publish
+
+def test_a_name_that_was_published_until_the_seal_comes_along(stage: Stage) -> None:
+    stage.hook = partial(publish, stage)
     with stage.source.open() as here, stage.target.open() as there:
         mover = stage.mover(here, there)
         mover.rounds.courier.look = lambda: None  # type: ignore[method-assign] # as where it has looked just before
@@ -49,20 +47,9 @@ def test_a_name_that_a_killed_mover_has_left_behind_is_brought_by_the_next_one(
 ) -> None:
     monkeypatch.setattr(Courier, "look", lambda self: None)  # as where it has looked just before
 
-    class Killed(BaseException):
-        pass
-
-    def kill(event: Event) -> None:
-        if event.state == "round" and stage.left:
-            gpumove.publish(stage.source.url, None, "production", config=CONFIG)
-        if event.state == "handover":
-            raise Killed
-
-    stage.hook, stage.arrive = kill, lambda: None  # type: ignore[assignment,return-value]
-    with pytest.raises(Killed):
-        stage.move()
+    stage.hook, stage.arrive = partial(publish, stage), lambda: None  # type: ignore[assignment,return-value]
+    stage.killed_at("handover")
     assert gpumove.pointers(stage.target.url, config=CONFIG) == []
-    stage.hook = lambda event: None
     assert stage.move(replace(WISHES, arrive_timeout_s=0.0), resume=True).phase == "handed"
     assert gpumove.resolve(stage.target.url, "production", config=CONFIG).step == 3
 

@@ -20,24 +20,12 @@ from gpumove.store.gc import Retention, collect
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from tests.move.runs import CONFIG, Place, read, train
-from tests.move.stage import TRAINED, WISHES, Stage, tape
+from tests.move.stage import TRAINED, WISHES, Stage
 from tests.store.faults import Crash, FaultyStore, Mode
 
 
 def _wishes(**given: Any) -> Wishes:
     return replace(WISHES, **given)
-
-
-@pytest.fixture(scope="module")
-def recorded() -> Place:
-    return tape()
-
-
-@pytest.fixture
-def stage(recorded: Place) -> Iterator[Stage]:
-    made = Stage(recorded)
-    yield made
-    made.close()
 
 
 def states(stage: Stage) -> list[str]:
@@ -160,24 +148,8 @@ def test_taken_back_before_the_seal_the_job_goes_on(recorded: Place) -> None:
         stage.move(resume=True)
 
 
-def stop_at(stage: Stage, state: str) -> None:
-    """The mover is killed just after it has made this entry."""
-
-    class Killed(BaseException):
-        pass
-
-    def kill(event: Event) -> None:
-        if event.state == state:
-            raise Killed
-
-    stage.hook = kill
-    with pytest.raises(Killed):
-        stage.move()
-    stage.hook = lambda event: None
-
-
 def test_taken_back_between_the_seal_and_the_handover_nobody_else_can_hand_over(stage: Stage) -> None:
-    stop_at(stage, "sealed")
+    stage.killed_at("sealed")
     with stage.source.open() as here, stage.target.open() as there:
         slow = stage.mover(here, there)  # another mover, which has seen the seal and is about to hand over
         assert slow.look().name == "SEALED"
@@ -190,7 +162,7 @@ def test_taken_back_between_the_seal_and_the_handover_nobody_else_can_hand_over(
 
 
 def test_a_withdrawal_that_was_cut_short_is_finished_by_whoever_comes(stage: Stage) -> None:
-    stop_at(stage, "sealed")
+    stage.killed_at("sealed")
     with stage.source.open() as here, stage.target.open() as there:
         mover = stage.mover(here, there)
         mover.look()
@@ -205,7 +177,7 @@ def test_a_withdrawal_that_was_cut_short_is_finished_by_whoever_comes(stage: Sta
 
 
 def test_taken_back_after_the_handover_before_a_claim(stage: Stage) -> None:
-    stop_at(stage, "handover")
+    stage.killed_at("handover")
     done = stage.move(_wishes(arrive_timeout_s=0.0), rollback=True)
     assert stage.claimable() == (True, False)
     assert done.source == stage.target.url
@@ -321,7 +293,7 @@ def test_of_two_movers_the_older_one_is_fenced(recorded: Place) -> None:
 
 @pytest.mark.parametrize("state", ["begin", "sealed"])
 def test_a_move_that_is_under_way_is_not_begun_again_by_mistake(stage: Stage, state: str) -> None:
-    stop_at(stage, state)
+    stage.killed_at(state)
     with pytest.raises(ConfigError, match="--resume") as caught:
         stage.move()
     assert caught.value.code == "config.moving"
@@ -329,7 +301,7 @@ def test_a_move_that_is_under_way_is_not_begun_again_by_mistake(stage: Stage, st
 
 
 def test_a_replica_is_not_moved_from(stage: Stage) -> None:
-    stop_at(stage, "begin")
+    stage.killed_at("begin")
     stage.move(rollback=True)
     stage.source, stage.target = stage.target, stage.source
     with pytest.raises(ConfigError, match=r"back to|is a replica"):
@@ -347,7 +319,7 @@ def test_nothing_is_begun_where_the_target_cannot_take_it(stage: Stage) -> None:
 @pytest.mark.parametrize("state", ["sealed", "handover", "done"])
 @pytest.mark.parametrize("end", ["source", "target"])
 def test_an_entry_that_cannot_be_read_any_more_hands_nothing_out_twice(stage: Stage, state: str, end: str) -> None:
-    stop_at(stage, state)
+    stage.killed_at(state)
     stage.react()
     place = getattr(stage, end)
     with place.log() as log:
@@ -443,7 +415,7 @@ def test_beside_a_long_round_saves_are_held_back_and_the_mover_says_that_it_is_t
 ) -> None:
     monkeypatch.setattr("gpumove.move.herald._TICK_S", 0.01)
     stage = Stage(recorded, deaf=True)
-    stop_at(stage, "begin")
+    stage.killed_at("begin")
 
     def facts() -> dict[str, Any]:
         move = stage.look(stage.source).move
@@ -499,7 +471,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch, place: Place) -> None:
 
 def test_a_source_that_is_lost_is_left_behind_only_by_force(recorded: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(recorded, deaf=True)
-    stop_at(stage, "begin")
+    stage.killed_at("begin")
     with stage.source.open() as here, stage.target.open() as there:
         stage.mover(here, there).rounds.once()
     with monkeypatch.context() as patch:
@@ -525,7 +497,7 @@ def test_a_source_that_is_lost_is_left_behind_only_by_force(recorded: Place, mon
 
 
 def test_a_target_that_is_lost_gives_the_run_back_only_by_force(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_at(stage, "sealed")
+    stage.killed_at("sealed")
     with monkeypatch.context() as patch:
         unreachable(patch, stage.target)
         with pytest.raises(StoreError):

@@ -35,7 +35,7 @@ from gpumove.steplog import Asked, StepLog
 from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from tests.move.runs import CONFIG, Place, memory
-from tests.move.stage import Stage, tape
+from tests.move.stage import Stage
 from tests.store.test_log import commit, new_log
 from tests.store.test_moves import THERE, again, say
 
@@ -253,11 +253,6 @@ def test_every_condition_of_a_log_is_explained() -> None:
     again(store).claim(follows=THERE)
     assert now().startswith(f"replica of {THERE}")
     store.close()
-
-
-@pytest.fixture(scope="module")
-def recorded() -> Place:
-    return tape()
 
 
 @pytest.fixture

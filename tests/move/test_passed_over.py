@@ -12,12 +12,7 @@ from gpumove.move.report import Event
 from gpumove.move.rounds import Rounds
 from gpumove.store.gc import Retention, collect
 from tests.move.runs import Place, read
-from tests.move.stage import Stage, tape
-
-
-@pytest.fixture(scope="module")
-def recorded() -> Place:
-    return tape()
+from tests.move.stage import Stage
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from gpumove.store.log import Log
 from gpumove.store.objects import Store
 from tests.jobs import new_job
 from tests.move.runs import SETTINGS, Place, check, memory, read, replicate, train
-from tests.move.stage import Stage, tape
+from tests.move.stage import Stage
 from tests.store.faults import FaultyStore
 
 
@@ -488,11 +488,6 @@ def test_a_job_that_takes_over_a_replica_goes_on_exactly(trained: tuple[Place, d
 
 
 # -------------------------------------------------------------------- what is not committed yet
-
-
-@pytest.fixture(scope="module")
-def recorded() -> Place:
-    return tape()
 
 
 def packs_of(place: Place, serial: int) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -12,25 +11,13 @@ import pytest
 from gpumove.errors import ConfigError
 from gpumove.move import aftercare
 from gpumove.move.moving import move
-from gpumove.move.report import Event, Report
-from tests.move.runs import CONFIG, Place
-from tests.move.stage import WISHES, Stage, tape
-from tests.move.test_aftercare import LOSS, ROLLBACK, arrive, newest, say
+from gpumove.move.report import Report
+from tests.move.runs import CONFIG
+from tests.move.stage import WISHES, Stage
+from tests.move.test_aftercare import LOSS, ROLLBACK, arrive, newest, script
 from tests.road import Road
 
 FORCE = replace(WISHES, leave_timeout_s=0.0, arrive_timeout_s=0.0, force=True)
-
-
-@pytest.fixture(scope="module")
-def recorded() -> Place:
-    return tape()
-
-
-@pytest.fixture
-def stage(recorded: Place) -> Iterator[Stage]:
-    made = Stage(recorded)
-    yield made
-    made.close()
 
 
 def _moved_the_wrong_way(stage: Stage, **more: Any) -> Report:
@@ -73,22 +60,10 @@ def test_a_way_back_that_was_decided_on_is_gone_on_with_as_it_was_decided(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mover dies once it has claimed the source as a replica, before the target's log says that a move begins."""
-
-    class Killed(BaseException):
-        pass
-
-    def kill(event: Event) -> None:
-        if event.state == "watch":
-            say(stage, step=12, findings=[LOSS])
-        if event.state == "watched":
-            raise Killed
-
     monkeypatch.setattr(aftercare, "_POLL_S", 0.02)
     arrive(stage)
-    stage.hook = kill
-    with pytest.raises(Killed):
-        stage.move(ROLLBACK)
-    stage.hook = lambda event: None
+    script(stage, {"step": 12, "findings": [LOSS]})
+    stage.killed_at("watched", ROLLBACK)
     _claim_as_replica(stage)
     with pytest.raises(ConfigError, match=r"is on its way from .*: go on with it by --resume"):
         stage.move(WISHES)
