@@ -19,7 +19,8 @@ from tests.job.harness import GPUMOVE, ROOT, Running
 from tests.servers import Bucket
 from tests.servers.proxy import Proxy
 
-STEPS = 120
+STEPS, FAREWELL = 400, 200
+"""In all; and at the end, so many that the job cannot do them before it has heard of a notice."""
 TINY = ("--layers", "1", "--width", "32", "--context", "64", "--batch", "8", "--threads", "1", "--steps", str(STEPS),
         "--every-steps", "1000")  # fmt: skip
 
@@ -55,7 +56,7 @@ def losses(record: Path) -> dict[int, str]:
 
 def rounds(folder: Path, reference: Mapping[int, str], notices: int, dice: random.Random) -> None:
     """Train with that many notices at random steps, and compare every loss that was ever computed."""
-    at = sorted(dice.sample(range(1, STEPS - 20), notices))
+    at = sorted(dice.sample(range(1, STEPS - FAREWELL), notices))
     for threshold in at:
         life = Training(folder)
         life.until(lambda life=life, to=threshold: life.reached() >= to, f"step {threshold}")  # type: ignore[misc]
